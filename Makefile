@@ -1,0 +1,41 @@
+# `make demo` and `make test` do all set-up on a fresh machine: they make .venv and install the pinned versions.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+.PHONY: demo test slow lint types check docs bench clean
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[quant,optim,tensorboard,trackio,dev]'
+	touch $@
+
+demo: $(VENV)/.installed        ## train a LoRA with a training adapter on the embedded miniature
+	$(BIN)/detour demo --out demo
+
+test: $(VENV)/.installed        ## the default tests
+	$(BIN)/python -m pytest
+
+slow: $(VENV)/.installed        ## kills, damage, every optimizer, photographs
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed
+	$(BIN)/mypy
+
+check: lint types test slow     ## what CI runs
+
+docs: $(VENV)/.installed        ## write the generated pages again
+	$(BIN)/python -m detour.config.reference
+
+bench: $(VENV)/.installed       ## the tables of docs/benchmarks.md
+	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/step.py
+
+clean:
+	rm -rf $(VENV) demo build dist

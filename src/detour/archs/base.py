@@ -1,0 +1,161 @@
+"""What the engine asks of an architecture: `ArchSpec` is data, `Arch` is behaviour.
+
+Shapes: B batch, C channels, H W height and width (latent unless named), L tokens, D features.
+Time t is in [0, 1]: 0 clean, 1 noise. Flow models: z_t = (1 - t) z_0 + t eps, target v = eps - z_0.
+This module imports no torch, so that listing and checking stay instant.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    import torch
+    from torch import Tensor, nn
+
+    from detour.config.job import ModelArch, TimestepType
+    from detour.weights import ModelSource, Placement
+
+    Condition = dict[str, Tensor]
+    """What one prompt becomes: named tensors without a batch axis, e.g. `{"tokens_LD": ...}`."""
+
+
+TextEncoders = Any
+"""An architecture's text encoders with their tokenizers: whatever it likes, with `.to(device)`."""
+Scheduler = Any
+"""A diffusers scheduler: each is a class of its own, with `timesteps` and `step` in common."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Variant:
+    """A published set of weights of an architecture; what differs between them is listed as values."""
+
+    repo: str
+    distilled: bool
+    steps: int
+    """Denoising steps when sampling."""
+    guidance: float
+    """1 means none, for every architecture."""
+    timestep_type: TimestepType
+    adapter: str | None = None
+    """The training adapter its users take, `user/repo/file.safetensors`."""
+    extras_repo: str | None = None
+    """Where VAE, text encoder, tokenizer and scheduler come from when `repo` holds the denoiser alone."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoraKeys:
+    """How a module's name is written in each LoRA file format."""
+
+    comfy_prefix: str
+    diffusers_prefix: str
+    kohya_prefix: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ArchSpec:
+    """The facts about an architecture. Feeds defaults, the command line's listing, the docs and the web form."""
+
+    name: ModelArch
+    title: str
+    objective: Literal["flow", "eps", "v"]
+    variants: Mapping[str, Variant]
+    default_variant: str
+    latent_channels: int
+    spatial_factor: int
+    """Pixels for each latent position, along a side."""
+    bucket_divisibility: int
+    """Pixels by which both sides of a training picture must be divisible."""
+    text_tokens: int
+    """Most tokens of a prompt."""
+    text_multiple: int
+    """Captions whose lengths round up to the same multiple of this may share a batch without a mask."""
+    shift: float
+    """Shift of the flow schedule that the model was trained with."""
+    lora_blocks: str
+    """Regular expression of the linear layers trained with `transformer_only: true`."""
+    lora_all: str
+    """Regular expression of the linear layers trained with `transformer_only: false`."""
+    quantize_exclude: str
+    """Regular expression of linear layers too sensitive (or too small) to quantise."""
+    lora_keys: LoraKeys
+    modelspec: str
+    """Architecture id in a LoRA's modelspec metadata, without `/lora`."""
+    licence: str
+    components: tuple[str, ...] = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
+    denoiser: str = "transformer"
+    """The component that is trained."""
+    diffusers_loader: str = ""
+    """The class in `diffusers.loaders` that loads its LoRAs; empty where diffusers has none (then PEFT loads them)."""
+    diffusers_guidance_offset: float = 0.0
+    """What diffusers' pipeline counts less than this project: its scale is ours minus this."""
+    timestep_types: tuple[TimestepType, ...] = field(
+        default=(
+            "sigmoid", "weighted", "linear", "shift", "lognorm_blend", "next_sample",
+            "one_step", "two_step", "four_step", "eight_step",
+        )
+    )  # fmt: skip
+
+    def diffusers_guidance(self, guidance: float) -> float:
+        """The `guidance_scale` to give to the diffusers pipeline for this project's `guidance` (1 = none)."""
+        return guidance - self.diffusers_guidance_offset
+
+    @property
+    def default(self) -> Variant:
+        """The variant that is meant when none is named."""
+        return self.variants[self.default_variant]
+
+
+class Arch(Protocol):
+    """The behaviour of an architecture. Stateless: models are passed in, so that the engine decides where they live."""
+
+    spec: ArchSpec
+
+    def build_denoiser(self, source: ModelSource) -> nn.Module:
+        """The denoiser on the meta device: its structure, without any weight read."""
+        ...
+
+    def denoiser_tensors(self, source: ModelSource) -> Iterator[tuple[str, Tensor]]:
+        """The denoiser's weights one by one, under the names that `build_denoiser`'s module has."""
+        ...
+
+    def load_text_encoders(self, source: ModelSource, placement: Placement) -> TextEncoders:
+        """Text encoders with their tokenizers; an object with `.to(device)`, passed to `encode_prompts`."""
+        ...
+
+    def load_vae(self, source: ModelSource, dtype: torch.dtype, device: torch.device) -> nn.Module:
+        """The VAE, frozen and in eval mode."""
+        ...
+
+    def load_scheduler(self, source: ModelSource) -> Scheduler:
+        """The diffusers scheduler that samples this model, from the model's own folder where it has one."""
+        ...
+
+    def set_timesteps(self, scheduler: Scheduler, steps: int, latent_HW: tuple[int, int], device: torch.device) -> None:
+        """Set the scheduler's grid exactly as the architecture's diffusers pipeline does."""
+        ...
+
+    def encode_prompts(self, text: TextEncoders, prompts: Sequence[str]) -> list[Condition]:
+        """One condition for each prompt. The caller's prompts are not changed."""
+        ...
+
+    def encode_images(self, vae: nn.Module, pixels_B3HW: Tensor) -> Tensor:
+        """Pixels in [-1, 1] to normalised latents (the mean of the posterior), float32."""
+        ...
+
+    def decode(self, vae: nn.Module, latents_BCHW: Tensor) -> Tensor:
+        """Normalised latents to pixels in [-1, 1], float32."""
+        ...
+
+    def predict(
+        self, denoiser: nn.Module, latents_BCHW: Tensor, t_B: Tensor, conditions: Sequence[Condition]
+    ) -> Tensor:
+        """The model's field at (z_t, t) in this project's convention, float32: v = eps - z_0 for flow models."""
+        ...
+
+    def guided(self, positive: Tensor, negative: Tensor, scale: float) -> Tensor:
+        """Classifier-free guidance in this project's counting (1 = none), as the diffusers pipeline computes it."""
+        ...

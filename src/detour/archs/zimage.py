@@ -1,0 +1,299 @@
+"""Z-Image: a single-stream transformer over image and caption tokens, Qwen3 as text encoder, a 16-channel VAE.
+
+Its conventions differ from this project's and are converted in `predict` and nowhere else: it runs time backwards
+(0 noise, 1 clean), returns z_0 - eps instead of eps - z_0, and takes lists of single pictures with a frame axis.
+Its pipeline in diffusers counts guidance from 0 and is off there; here 1 is off (`ArchSpec.diffusers_guidance`).
+
+Shapes: B batch, C channels, H W latent height and width (of pictures: pixels), L tokens, D features.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from detour import UserError
+from detour.archs.base import ArchSpec, LoraKeys, Variant
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    import torch
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImageTransformer2DModel
+    from torch import Tensor, nn
+    from transformers import PreTrainedTokenizerBase
+
+    from detour.archs.base import Arch, Condition
+    from detour.weights import ModelSource, Placement
+
+_TURBO, _BASE, _DETURBO = "Tongyi-MAI/Z-Image-Turbo", "Tongyi-MAI/Z-Image", "ostris/Z-Image-De-Turbo"
+_LINEARS = r"(attention\.to_(q|k|v|out\.0)|feed_forward\.w[123]|adaLN_modulation\.0)"
+_FINAL = r"all_final_layer\.2-1\.(linear|adaLN_modulation\.1)"
+_EMBEDDERS = rf"(t_embedder\.mlp\.[02]|cap_embedder\.1|all_x_embedder\.2-1|{_FINAL})"
+
+SPEC = ArchSpec(
+    name="zimage",
+    title="Z-Image",
+    objective="flow",
+    variants={
+        "turbo": Variant(
+            repo=_TURBO,
+            distilled=True,
+            steps=8,
+            guidance=1.0,
+            timestep_type="weighted",
+            adapter="ostris/zimage_turbo_training_adapter/zimage_turbo_training_adapter_v2.safetensors",
+        ),
+        "base": Variant(repo="Tongyi-MAI/Z-Image", distilled=False, steps=30, guidance=4.0, timestep_type="weighted"),
+        "deturbo": Variant(
+            repo=_DETURBO, distilled=False, steps=25, guidance=3.0, timestep_type="weighted", extras_repo=_TURBO
+        ),
+    },
+    default_variant="turbo",
+    latent_channels=16,
+    spatial_factor=8,
+    bucket_divisibility=32,
+    text_tokens=512,
+    text_multiple=32,  # the transformer pads captions to it with learnt tokens that are attended to
+    shift=3.0,
+    lora_blocks=rf"layers\.\d+\.{_LINEARS}",
+    lora_all=rf"((layers|noise_refiner|context_refiner)\.\d+\.{_LINEARS}|{_EMBEDDERS})",
+    quantize_exclude=rf"^{_EMBEDDERS}$",
+    lora_keys=LoraKeys(comfy_prefix="diffusion_model.", diffusers_prefix="transformer.", kohya_prefix="lora_unet_"),
+    modelspec="Z-Image",
+    licence="Apache-2.0",
+    diffusers_loader="ZImageLoraLoaderMixin",
+    diffusers_guidance_offset=1.0,
+)
+
+_ORIGINAL_PREFIX = re.compile(r"^(model\.)?diffusion_model\.")
+_NOT_THE_DENOISER = ("vae.", "first_stage_model.", "text_encoders.", "cond_stage_model.", "norm_final.")
+_ORIGINAL_NAMES = (
+    (re.compile(r"^x_embedder\."), "all_x_embedder.2-1."),
+    (re.compile(r"^final_layer\."), "all_final_layer.2-1."),
+    (re.compile(r"\.attention\.out\."), ".attention.to_out.0."),
+    (re.compile(r"\.attention\.([qk])_norm\."), r".attention.norm_\1."),
+)
+
+
+@dataclass
+class TextEncoder:
+    """Qwen3 and its tokenizer."""
+
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+
+    def to(self, device: torch.device) -> TextEncoder:
+        """Move the model; returns itself."""
+        self.model.to(device)
+        return self
+
+
+class ZImage:
+    """Behaviour of Z-Image and its variants, which differ in their weights alone."""
+
+    spec = SPEC
+
+    def build_denoiser(self, source: ModelSource) -> ZImageTransformer2DModel:
+        """The transformer on the meta device, as its config says, or, for a single file, as the shapes in it say."""
+        import torch
+        from diffusers import ZImageTransformer2DModel
+
+        from detour.weights import component_config
+
+        if source.single_file is not None:
+            config: Mapping[str, object] = _config_of(source.single_file)
+        else:
+            config = component_config(source.component("transformer"), "_class_name", "ZImageTransformer2DModel")
+        with torch.device("meta"):
+            denoiser = ZImageTransformer2DModel.from_config(dict(config))
+        return denoiser.eval().requires_grad_(False)
+
+    def denoiser_tensors(self, source: ModelSource) -> Iterator[tuple[str, Tensor]]:
+        """The transformer's weights under diffusers' names, from either layout."""
+        from detour.weights import component_files, stream_tensors
+
+        single = source.single_file
+        for name, tensor in stream_tensors([single] if single else component_files(source.component("transformer"))):
+            yield from original_keys(name, tensor)
+
+    def load_text_encoders(self, source: ModelSource, placement: Placement) -> TextEncoder:
+        """Qwen3 without its language head, streamed in like the denoiser, and its tokenizer.
+
+        The same from a folder saved as `Qwen3Model` and from one saved as `Qwen3ForCausalLM`.
+        """
+        import torch
+        from transformers import AutoTokenizer, Qwen3Config, Qwen3Model
+
+        from detour.weights import component_config, component_files, materialise, stream_tensors
+
+        folder = source.component("text_encoder")
+        component_config(folder, "model_type", "qwen3")
+        config = Qwen3Config.from_pretrained(folder)
+        with torch.device("meta"):
+            model = Qwen3Model(config)
+        tensors = (
+            (name.removeprefix("model."), tensor)
+            for name, tensor in stream_tensors(component_files(folder))
+            if not name.startswith("lm_head.")
+        )
+        materialise(model, tensors, placement, where=str(folder))
+        # Its frequencies are in no file: computed again, since on the meta device they were only promised.
+        model.rotary_emb = type(model.rotary_emb)(config).to(placement.device)
+        tokenizer = AutoTokenizer.from_pretrained(source.component("tokenizer"))
+        return TextEncoder(model.eval().requires_grad_(False), tokenizer)
+
+    def load_vae(self, source: ModelSource, dtype: torch.dtype, device: torch.device) -> AutoencoderKL:
+        """The VAE, frozen and in eval mode."""
+        import torch
+        from diffusers import AutoencoderKL
+
+        from detour.weights import Placement, component_config, component_files, materialise, stream_tensors
+
+        folder = source.component("vae")
+        config = component_config(folder, "_class_name", "AutoencoderKL")
+        with torch.device("meta"):
+            vae = AutoencoderKL.from_config(dict(config))
+        materialise(vae, stream_tensors(component_files(folder)), Placement(dtype, device), where=str(folder))
+        return vae.eval().requires_grad_(False)
+
+    def load_scheduler(self, source: ModelSource) -> FlowMatchEulerDiscreteScheduler:
+        """The model's own scheduler; Z-Image's (shift 3, static) where the model comes without one."""
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        if (folder := source.find("scheduler")) is None:
+            return FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=SPEC.shift)
+        return FlowMatchEulerDiscreteScheduler.from_pretrained(folder)
+
+    def set_timesteps(
+        self, scheduler: FlowMatchEulerDiscreteScheduler, steps: int, latent_HW: tuple[int, int], device: torch.device
+    ) -> None:
+        """The pipeline's grid: evenly spaced from 1 to 1 / steps before the shift; the last step goes to 0.
+
+        `mu` matters only to a scheduler with dynamic shifting, which the published ones do not have.
+        """
+        import torch
+
+        config = scheduler.config
+        tokens_low, tokens_high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+        mu_low, mu_high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+        slope = (mu_high - mu_low) / (tokens_high - tokens_low)
+        tokens = (latent_HW[0] // 2) * (latent_HW[1] // 2)
+        mu = tokens * slope + (mu_low - slope * tokens_low)
+        scheduler.set_timesteps(sigmas=torch.linspace(1.0, 1 / steps, steps).tolist(), mu=mu, device=device)
+        scheduler.set_begin_index(0)
+
+    def encode_prompts(self, text: TextEncoder, prompts: Sequence[str]) -> list[Condition]:
+        """`tokens_LD` for each prompt: Qwen's last hidden state but one, L its true length (at most 512).
+
+        One prompt at a time and padded to 512 as in the pipeline: the result does not depend on what else is embedded,
+        and equals the pipeline's bit for bit (another padding gives another rounding).
+        """
+        import torch
+
+        conditions: list[Condition] = []
+        for prompt in prompts:
+            templated = text.tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=True
+            )
+            inputs = text.tokenizer(
+                [templated], padding="max_length", max_length=SPEC.text_tokens, truncation=True, return_tensors="pt"
+            )
+            device = next(text.model.parameters()).device
+            mask_BL = inputs.attention_mask.to(device).bool()
+            with torch.no_grad():
+                ids_BL = inputs.input_ids.to(device)
+                out = text.model(input_ids=ids_BL, attention_mask=mask_BL, output_hidden_states=True)
+            conditions.append({"tokens_LD": out.hidden_states[-2][0][mask_BL[0]]})
+        return conditions
+
+    def encode_images(self, vae: AutoencoderKL, pixels_B3HW: Tensor) -> Tensor:
+        """Pixels in [-1, 1] to normalised latents (the mean of the posterior), float32."""
+        import torch
+
+        with torch.no_grad():
+            mean_BCHW: Tensor = vae.encode(pixels_B3HW.to(vae.device, vae.dtype)).latent_dist.mode().float()
+        normalised_BCHW: Tensor = (mean_BCHW - vae.config.shift_factor) * vae.config.scaling_factor
+        return normalised_BCHW
+
+    def decode(self, vae: AutoencoderKL, latents_BCHW: Tensor) -> Tensor:
+        """Normalised latents to pixels in [-1, 1], float32. The arithmetic is the pipeline's, in the VAE's type."""
+        import torch
+
+        config = vae.config
+        with torch.no_grad():
+            latents_BCHW = latents_BCHW.to(vae.device, vae.dtype) / config.scaling_factor + config.shift_factor
+            pixels_B3HW: Tensor = vae.decode(latents_BCHW, return_dict=False)[0]
+        return pixels_B3HW.float()
+
+    def predict(
+        self, denoiser: ZImageTransformer2DModel, latents_BCHW: Tensor, t_B: Tensor, conditions: Sequence[Condition]
+    ) -> Tensor:
+        """v = eps - z_0 at (z_t, t), float32. Captions of one padded length share a batch without a mask."""
+        import torch
+
+        if len(conditions) != len(latents_BCHW):
+            raise ValueError(f"{len(latents_BCHW)} pictures, {len(conditions)} conditions")
+        dtype, device = denoiser.dtype, latents_BCHW.device
+        # The scheduler's timestep is float32 and the pipeline computes from it: so do we, to get the same bits.
+        timestep_B = (t_B * 1000).float().to(device)
+        pictures = list(latents_BCHW.to(dtype).unsqueeze(2).unbind(0))
+        captions = [condition["tokens_LD"].to(device, dtype) for condition in conditions]
+        out = denoiser(pictures, (1000 - timestep_B) / 1000, captions, return_dict=False)[0]
+        return -torch.stack([picture.float() for picture in out]).squeeze(2)
+
+    def guided(self, positive: Tensor, negative: Tensor, scale: float) -> Tensor:
+        """Classifier-free guidance in this project's counting: 1 leaves `positive` as it is."""
+        return positive + (scale - 1) * (positive - negative)
+
+
+def original_keys(key: str, tensor: Tensor) -> Sequence[tuple[str, Tensor]]:
+    """What one tensor of the original layout is in diffusers; a name that is diffusers' already stays.
+
+    The fused `qkv` becomes three. Parts of an all-in-one file other than the transformer become nothing.
+    """
+    name = _ORIGINAL_PREFIX.sub("", key)
+    if name.startswith(_NOT_THE_DENOISER):
+        return ()
+    for pattern, replacement in _ORIGINAL_NAMES:
+        name = pattern.sub(replacement, name)
+    if ".attention.qkv." not in name:
+        return ((name, tensor),)
+    parts = zip("qkv", tensor.chunk(3, dim=0), strict=True)
+    return tuple((name.replace(".qkv.", f".to_{part}."), chunk) for part, chunk in parts)
+
+
+def _config_of(file: Path) -> dict[str, object]:
+    import torch
+
+    from detour.weights import tensor_shapes
+
+    shapes: dict[str, torch.Size] = {}
+    for key, shape in tensor_shapes([file]).items():
+        shapes |= {name: t.shape for name, t in original_keys(key, torch.empty(shape, device="meta"))}
+
+    def count(blocks: str) -> int:
+        return len({name.split(".")[1] for name in shapes if name.startswith(blocks)})
+
+    try:
+        dim, patch_features = shapes["all_x_embedder.2-1.weight"]
+        head = shapes["layers.0.attention.norm_q.weight"][0]
+        text = shapes["cap_embedder.1.weight"][1]
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{file}: not a Z-Image checkpoint (no usable {error}); is model.arch right?") from error
+    return {
+        "dim": dim,
+        "in_channels": patch_features // 4,  # patches of 2 x 2
+        "n_layers": count("layers."),
+        "n_refiner_layers": count("noise_refiner."),
+        "n_heads": dim // head,
+        "n_kv_heads": dim // head,
+        "cap_feat_dim": text,
+        "axes_dims": [head // 4, head * 3 // 8, head * 3 // 8],  # 32, 48, 48 of 128
+        "axes_lens": [1536, 512, 512],
+    }
+
+
+ARCH: Arch = ZImage()
