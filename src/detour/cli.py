@@ -1,0 +1,308 @@
+"""The command line: parse, then one call each. Heavy imports stand inside the commands, so that `--help` is instant.
+
+Exit codes: 0 done, 1 an unexpected failure, 2 a wrong job file, option or input, 3 refused before start,
+130 stopped and saved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import traceback
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from detour import UserError, __version__
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from detour.config.load import Loaded
+    from detour.events import Sink
+    from detour.train.session import Result
+
+    _Command = Callable[[str, Callable[[argparse.Namespace], int], str], argparse.ArgumentParser]
+
+STOPPED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code."""
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if arguments.command is None:
+        parser.print_help()
+        return 0
+    try:
+        return int(arguments.call(arguments))
+    except UserError as error:
+        if arguments.debug:
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("stopped at once; what was saved before is intact", file=sys.stderr)
+        return STOPPED
+    except Exception as error:
+        if arguments.debug:
+            traceback.print_exc()
+        print(f"unexpected failure: {type(error).__name__}: {error}\n(--debug shows where)", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser = argparse.ArgumentParser(
+        prog="detour", description="Trains LoRAs for turbo diffusion models that keep their few-step speed."
+    )
+    parser.add_argument("--version", action="version", version=f"detour {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    def command(name: str, call: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text, parents=[common])
+        added.set_defaults(call=call)
+        return added
+
+    _add_training(command)
+    _add_tools(command)
+    return parser
+
+
+def _add_training(command: _Command) -> None:
+    run = command("run", _run, "run a job file; goes on where it left off")
+    _job_arguments(run)
+    run.add_argument("--fresh", action="store_true", help="start over; what is there is moved aside")
+    run.add_argument("--dry-run", action="store_true", help="2 steps, a sample, a save, a resume, in a scratch folder")
+    run.add_argument("--json", action="store_true", help="print the result as JSON")
+
+    check = command("check", _check, "check a job file and its dataset without loading a model")
+    _job_arguments(check)
+    check.add_argument("--json", action="store_true", help="print the findings as JSON")
+
+
+def _add_tools(command: _Command) -> None:
+    draw = command("sample", _sample, "draw pictures with a model and LoRAs")
+    draw.add_argument("--model", required=True, help="folder, .safetensors file or hub id")
+    draw.add_argument("--arch", required=True, help="architecture, a variant may follow a colon (zimage:base)")
+    draw.add_argument("--extras", help="where VAE and text encoder come from, when --model is a single file")
+    draw.add_argument("--lora", action="append", default=[], metavar="FILE[:scale]", help="may be given several times")
+    draw.add_argument("--prompt", action="append", required=True, help="may be given several times")
+    draw.add_argument("--negative", default="", help="negative prompt, used with guidance above 1")
+    draw.add_argument("--steps", type=int, help="denoising steps (default: the variant's)")
+    draw.add_argument("--guidance", type=float, help="1 means none (default: the variant's)")
+    draw.add_argument("--seed", type=int, default=42)
+    draw.add_argument("--width", type=int, default=1024)
+    draw.add_argument("--height", type=int, default=1024)
+    draw.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16", help="type the model computes in")
+    draw.add_argument("--device", default="auto")
+    draw.add_argument("--out", type=Path, default=Path("samples"), metavar="DIR")
+    draw.add_argument("--json", action="store_true", help="print the files as JSON")
+
+    convert = command("convert", _convert, "write a LoRA in another format, verified by loading")
+    convert.add_argument("source", type=Path, metavar="IN.safetensors")
+    convert.add_argument("target", type=Path, metavar="OUT.safetensors")
+    convert.add_argument("--arch", required=True)
+    convert.add_argument("--to", required=True, choices=("comfy", "diffusers", "kohya"), dest="format")
+
+    inspect = command("inspect", _inspect, "say what a LoRA, adapter, checkpoint or model file is")
+    inspect.add_argument("file", type=Path, metavar="FILE")
+    inspect.add_argument("--json", action="store_true")
+
+    listing = command("archs", _archs, "list the architectures and what each supports")
+    listing.add_argument("--json", action="store_true")
+
+    nano = command("nano", _nano, "write an embedded miniature model in the diffusers folder layout")
+    nano.add_argument("folder", type=Path, nargs="?", metavar="DIR")
+    nano.add_argument("--arch", default="zimage")
+    nano.add_argument("--random", action="store_true", help="the untrained miniature")
+    nano.add_argument("--seed", type=int, default=0)
+    nano.add_argument("--list", action="store_true", help="list the miniatures")
+
+    demo = command("demo", _demo, "train a LoRA with a training adapter on the embedded miniature")
+    demo.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR")
+    command("schema", _schema, "print the JSON Schema of job files")
+
+
+def _job_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("job", type=Path, metavar="JOB.yaml")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="path=value", help="override an option: train.lr=2e-4"
+    )
+
+
+def _load(arguments: argparse.Namespace) -> Loaded:
+    from detour.config.load import load_job
+
+    loaded = load_job(arguments.job, arguments.set)
+    for note in loaded.notes:
+        print(f"note: {note}", file=sys.stderr)
+    return loaded
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    loaded = _load(arguments)
+    from detour.train.control import Control
+    from detour.train.rehearsal import rehearse
+    from detour.train.session import run_job
+
+    with _console() as sink:
+        if arguments.dry_run:
+            results = rehearse(loaded.job, sink)
+        else:
+            control = Control()
+            control.install()
+            results = run_job(loaded.job, control, sink, fresh=arguments.fresh)
+    last = results[-1]
+    if arguments.json:
+        _print_json([_as_json(result) for result in results])
+    elif last.finished:
+        print(f"finished at step {last.step}: {last.lora}")
+    else:
+        print(f"{last.reason}: saved at step {last.step} in {last.folder}; the same command goes on from there")
+    return 0 if last.finished else STOPPED
+
+
+def _as_json(result: Result) -> dict[str, Any]:
+    return {
+        "folder": str(result.folder),
+        "reason": result.reason,
+        "step": result.step,
+        "lora": str(result.lora) if result.lora else None,
+        "finished": result.finished,
+    }
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from detour.checking import check_job
+
+    loaded = _load(arguments)
+    report = check_job(loaded.job)
+    if arguments.json:
+        _print_json(report | {"notes": loaded.notes})
+    else:
+        for warning in report["warnings"]:
+            print(f"warning: {warning}")
+        for line in report["summary"]:
+            print(line)
+    return 0
+
+
+def _sample(arguments: argparse.Namespace) -> int:
+    from detour.draw import Drawing, draw
+
+    paths = draw(
+        Drawing(
+            model=arguments.model,
+            arch=arguments.arch,
+            extras=arguments.extras,
+            loras=arguments.lora,
+            prompts=arguments.prompt,
+            negative=arguments.negative,
+            steps=arguments.steps,
+            guidance=arguments.guidance,
+            seed=arguments.seed,
+            size=(arguments.width, arguments.height),
+            dtype=arguments.dtype,
+            device=arguments.device,
+        ),
+        arguments.out,
+    )
+    if arguments.json:
+        _print_json([str(path) for path in paths])
+    else:
+        print("\n".join(str(path) for path in paths))
+    return 0
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    from detour import archs
+    from detour.export import convert
+
+    facts = archs.spec(archs.name_of(arguments.arch))
+    written = convert(arguments.source, arguments.target, facts, arguments.format)
+    for note in written.notes:
+        print(f"note: {note}", file=sys.stderr)
+    print(f"{written.path} ({written.proof.modules} layers, proven by loading with {written.proof.loader})")
+    return 0
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from detour.export.inspection import inspect_file
+
+    found = inspect_file(arguments.file)
+    if arguments.json:
+        _print_json(found)
+    else:
+        for key, value in found.items():
+            print(f"{key}: {value if isinstance(value, str | int | float) else json.dumps(value, ensure_ascii=False)}")
+    return 0
+
+
+def _archs(arguments: argparse.Namespace) -> int:
+    from detour import archs
+
+    rows = archs.table()
+    if arguments.json:
+        _print_json(rows)
+        return 0
+    for row in rows:
+        facts = f"{row['title']:12} {row['objective']:6} {row['default_repo']}" if row["built"] else "not built yet"
+        print(f"{row['name']:14} {facts}")
+    return 0
+
+
+def _nano(arguments: argparse.Namespace) -> int:
+    from detour import nano
+
+    if arguments.list:
+        print("\n".join(nano.NAMES))
+        return 0
+    if arguments.folder is None:
+        raise UserError("detour nano: give the folder to write the miniature into, e.g. `detour nano miniature`")
+    for name, path in nano.write(
+        arguments.folder, arguments.arch, seed=arguments.seed, random=arguments.random
+    ).items():
+        print(f"{name}: {path}")
+    print(
+        "untrained: its weights are random, so that it shows how things work and not how good they are", file=sys.stderr
+    )
+    return 0
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from detour.demo import demo
+
+    with _console() as sink:
+        lines = demo(arguments.out, sink)
+    print("\n".join(lines))
+    return 0
+
+
+def _schema(_arguments: argparse.Namespace) -> int:
+    from detour.config.load import json_schema
+
+    _print_json(json_schema())
+    return 0
+
+
+@contextmanager
+def _console() -> Iterator[Sink]:
+    """Progress, on standard error: standard output belongs to the result."""
+    from detour.console import console_sink
+
+    sink = console_sink(sys.stderr)
+    try:
+        yield sink
+    finally:
+        sink.close()
+
+
+def _print_json(value: object) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,150 @@
+"""`detour sample`: load a model, put LoRAs on it, draw."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from detour import UserError, archs, export, files, sample, weights
+from detour.config.job import ModelConfig, TrainProcess
+from detour.lora_formats import by_module, with_adapter
+from detour.nn.adapter_file import Pair
+from detour.nn.training_adapter import TrainingAdapter, linear_shapes
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from detour.archs.base import Arch, Variant
+    from detour.lora_formats import LoraFile
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """What to draw, as the command line says it. `size` is width and height in pixels; `guidance` 1 means none."""
+
+    model: str
+    arch: str
+    prompts: list[str]
+    extras: str | None = None
+    loras: list[str]
+    """`FILE` or `FILE:scale`."""
+    negative: str = ""
+    steps: int | None = None
+    guidance: float | None = None
+    seed: int = 42
+    size: tuple[int, int] = (1024, 1024)
+    dtype: str = "bf16"
+    device: str = "auto"
+
+
+def pick_device(name: str) -> torch.device:
+    """The device by its name; `auto` takes the first CUDA card, else Apple's, else the processor."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    kind = name.split(":", 1)[0]
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if not there.get(kind, False):
+        raise UserError(
+            f"device: {name!r} is not there; this machine has {', '.join(key for key, found in there.items() if found)}"
+        )
+    return torch.device(name)
+
+
+def draw(drawing: Drawing, out: Path) -> list[Path]:
+    """Draw one picture for each prompt into `out` and return the files."""
+    arch = archs.get(archs.name_of(drawing.arch))
+    variant = _variant(drawing)
+    requests = [
+        sample.Request(
+            prompt=prompt,
+            negative=drawing.negative,
+            seed=drawing.seed,
+            width=drawing.size[0],
+            height=drawing.size[1],
+            steps=drawing.steps or variant.steps,
+            guidance=drawing.guidance or variant.guidance,
+        )
+        for prompt in drawing.prompts
+    ]
+    for request in requests:
+        sample.check_size(arch.spec, request)
+    device, dtype = pick_device(drawing.device), DTYPES[drawing.dtype]
+    source = weights.find_model(
+        drawing.model,
+        components=arch.spec.components,
+        denoiser=arch.spec.denoiser,
+        extras=drawing.extras or variant.extras_repo,
+    )
+    denoiser = arch.build_denoiser(source)
+    loras = [_read_lora(text, arch, denoiser) for text in drawing.loras]
+
+    text = arch.load_text_encoders(source, weights.Placement(dtype, device))
+    conditions = [arch.encode_prompts(text, request.prompts()) for request in requests]
+    del text
+    placement = weights.Placement(dtype, device, patch=lambda name, tensor: _with_loras(name, tensor, loras))
+    weights.materialise(denoiser, arch.denoiser_tensors(source), placement, where=source.name)
+    for added in loras:
+        _attach_branches(added, denoiser, dtype)
+    scheduler, vae = arch.load_scheduler(source), arch.load_vae(source, dtype, device)
+
+    facts = {f"lora_{index}_sha256": files.sha256_file(added.path) for index, added in enumerate(loras)}
+    paths: list[Path] = []
+    for index, (request, wanted) in enumerate(zip(requests, conditions, strict=True)):
+        noise = sample.initial_noise(arch.spec, request).to(device)
+        latents_BCHW = sample.denoise(arch, denoiser, scheduler, noise, request, wanted)
+        path = out / f"{index:02d}-seed{request.seed}.png"
+        sample.save_picture(path, sample.to_picture(arch, vae, latents_BCHW), request, arch.spec, facts)
+        paths.append(path)
+    return paths
+
+
+def _variant(drawing: Drawing) -> Variant:
+    model = ModelConfig.model_validate({"arch": drawing.arch, "name_or_path": drawing.model})
+    return archs.variant_of(TrainProcess.model_construct(model=model))[1]
+
+
+@dataclass(frozen=True)
+class _Added:
+    """A LoRA that is put on the model, at a strength."""
+
+    path: Path
+    file: LoraFile
+    strength: float
+
+
+def _read_lora(text: str, arch: Arch, denoiser: nn.Module) -> _Added:
+    """`FILE` or `FILE:scale`, read and checked against the model's layers."""
+    name, _, strength = text.rpartition(":")
+    try:
+        path, scale = (name, float(strength)) if name else (text, 1.0)
+    except ValueError:  # a colon inside the path
+        path, scale = text, 1.0
+    file = weights.find_file(path, what="--lora")
+    return _Added(file, export.read_lora(file, arch.spec, linear_shapes(denoiser)), scale)
+
+
+def _attach_branches(added: _Added, denoiser: nn.Module, dtype: torch.dtype) -> None:
+    """A plain LoRA stays a branch beside the weights: exact in any type, as it was trained."""
+    if added.file.kind != "lora":
+        return
+    modules = by_module(added.file.tensors)
+    pairs = {
+        name: Pair(parts["lora_A.weight"], parts["lora_B.weight"], added.file.scale(name) * added.strength)
+        for name, parts in modules.items()
+    }
+    TrainingAdapter(pairs, "factored", dtype=dtype).attach(denoiser)
+
+
+def _with_loras(name: str, tensor: torch.Tensor, loras: list[_Added]) -> torch.Tensor:
+    """The weight with every adapter that is not a plain LoRA, computed in float32."""
+    module = name.removesuffix(".weight")
+    for added in loras:
+        if added.file.kind != "lora" and module in added.file.ranks:
+            parts = by_module(added.file.tensors)[module]
+            tensor = with_adapter(tensor.float(), parts, added.file.scale(module), added.strength)
+    return tensor

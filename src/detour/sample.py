@@ -1,0 +1,112 @@
+"""The denoise loop: used by the command line and by previews in training, so that both draw the same picture.
+
+The grid of times comes from the model's own diffusers scheduler, the initial noise from a CPU generator: the same seed
+gives the picture that the architecture's diffusers pipeline draws with a CPU generator of that seed.
+
+Shapes: B batch (1 here), C channels, H W latent height and width.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from detour import UserError, __version__, files
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor, nn
+
+    from detour.archs.base import Arch, ArchSpec, Condition, Scheduler
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """One picture to draw. `guidance` counts 1 as none; sizes are pixels."""
+
+    prompt: str
+    seed: int
+    width: int
+    height: int
+    steps: int
+    guidance: float = 1.0
+    negative: str = ""
+    lora_scale: float = 1.0
+
+    def prompts(self) -> list[str]:
+        """The texts that must be embedded to draw it."""
+        return [self.prompt, self.negative] if self.guidance > 1 else [self.prompt]
+
+
+def check_size(spec: ArchSpec, request: Request) -> None:
+    """Refuse a size that the model's patches do not divide."""
+    unit = spec.spatial_factor * 2
+    if request.width % unit or request.height % unit:
+        fits = f"{max(unit, round(request.width / unit) * unit)} x {max(unit, round(request.height / unit) * unit)}"
+        raise UserError(
+            f"sample size {request.width} x {request.height}: {spec.name} draws sizes divisible by {unit}; "
+            f"the nearest is {fits}"
+        )
+
+
+def initial_noise(spec: ArchSpec, request: Request) -> Tensor:
+    """noise_BCHW, float32 on the CPU: what diffusers draws for that seed."""
+    shape = (1, spec.latent_channels, request.height // spec.spatial_factor, request.width // spec.spatial_factor)
+    return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(request.seed), dtype=torch.float32)
+
+
+@torch.no_grad()
+def denoise(
+    arch: Arch,
+    denoiser: nn.Module,
+    scheduler: Scheduler,
+    noise_BCHW: Tensor,
+    request: Request,
+    conditions: list[Condition],
+) -> Tensor:
+    """latents_BCHW, float32, from noise. `conditions` hold the prompt's and, with guidance, the negative prompt's.
+
+    Source of the order of operations: diffusers' pipeline of the architecture, which this equals bit for bit on a CPU.
+    """
+    device = noise_BCHW.device
+    arch.set_timesteps(scheduler, request.steps, (noise_BCHW.shape[-2], noise_BCHW.shape[-1]), device)
+    latents_BCHW = noise_BCHW
+    for timestep in scheduler.timesteps:
+        # In double (on the CPU: Apple's devices have none), so that an architecture that multiplies by 1000 again gets
+        # the scheduler's own timestep back to the last bit.
+        t_B = torch.full((len(conditions),), float(timestep) / 1000, dtype=torch.float64)
+        field = arch.predict(denoiser, latents_BCHW.repeat(len(conditions), 1, 1, 1), t_B, conditions)
+        if len(conditions) == 2:
+            field = arch.guided(field[:1], field[1:], request.guidance)
+        latents_BCHW = scheduler.step(field, timestep, latents_BCHW, return_dict=False)[0]
+    return latents_BCHW
+
+
+@torch.no_grad()
+def to_picture(arch: Arch, vae: nn.Module, latents_BCHW: Tensor) -> Image.Image:
+    """The first picture of a batch of latents."""
+    pixels_B3HW = arch.decode(vae, latents_BCHW)
+    levels_HW3 = (pixels_B3HW[0] * 0.5 + 0.5).clamp(0, 1).permute(1, 2, 0).float().cpu().numpy()
+    return Image.fromarray((levels_HW3 * 255).round().astype(np.uint8))
+
+
+def save_picture(path: Path, picture: Image.Image, request: Request, spec: ArchSpec, facts: dict[str, str]) -> None:
+    """Write a PNG whose text says how to draw it again, here and in diffusers."""
+    text = PngInfo()
+    settings = asdict(request) | {"software": f"detour {__version__}", "architecture": spec.name} | facts
+    # Both countings of guidance, so that the picture can be drawn again elsewhere (docs/design.md §3).
+    settings["guidance_diffusers"] = spec.diffusers_guidance(request.guidance)
+    for key, value in settings.items():
+        text.add_itxt(f"detour:{key}", str(value))
+    text.add_itxt("parameters", json.dumps(settings, ensure_ascii=False))  # the field that picture browsers show
+    temporary = path.with_name(f".{path.name}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(temporary, format="PNG", pnginfo=text)
+    files.publish(temporary, path)

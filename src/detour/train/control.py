@@ -1,0 +1,66 @@
+"""Requests from outside a run: Ctrl-C, SIGTERM, and files that other programs put into `<run>/requests`.
+
+A stop request lets the running step end, then saves. A second Ctrl-C stops at once.
+"""
+
+from __future__ import annotations
+
+import signal
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+    from types import FrameType
+
+REQUESTS = ("stop", "save", "sample")
+
+
+class Control:
+    """What has been asked of a run. `stop_reason` stays set once a stop was asked for."""
+
+    def __init__(self, folder: Path | None = None, stop_at: int | None = None) -> None:
+        """`folder` is the run's; `stop_at` is a step at which to stop as if asked (rehearsals)."""
+        self.folder = folder
+        self.stop_at = stop_at
+        self.stop_reason: str | None = None
+
+    def install(self) -> None:
+        """Let SIGINT and SIGTERM ask for a stop. Call from the main thread."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        if self.stop_reason is not None:
+            raise KeyboardInterrupt(f"second request to stop ({name})")
+        self.stop_reason = f"{name} received"
+
+    def poll(self, step: int) -> set[str]:
+        """Requests that came since the last call. Their files are removed; a stop is remembered."""
+        if self.stop_at is not None and step >= self.stop_at and self.stop_reason is None:
+            self.stop_reason = f"step {step} reached"
+        found = self._take()
+        if "stop" in found and self.stop_reason is None:
+            self.stop_reason = "stop requested"
+        return found
+
+    def discard_old(self) -> None:
+        """Forget requests that were meant for an earlier session of the run."""
+        self._take()
+
+    def _take(self) -> set[str]:
+        folder = self.folder / "requests" if self.folder is not None else None
+        if folder is None or not folder.is_dir():
+            return set()
+        found = {path.name for path in folder.iterdir() if path.name in REQUESTS}
+        for name in found:
+            (folder / name).unlink(missing_ok=True)
+        return found
+
+
+def request(folder: Path, name: str) -> None:
+    """Ask the run in `folder` to `stop`, `save` or `sample` at its next step."""
+    assert name in REQUESTS, name
+    target = folder / "requests"
+    target.mkdir(parents=True, exist_ok=True)
+    (target / name).touch()

@@ -1,0 +1,169 @@
+"""The training loop: what happens in what order. The mathematics is one call below (`objective`, `optim`, `preserve`).
+
+`step` counts optimizer steps. A step takes `gradient_accumulation` micro-batches and averages their gradients.
+Every random draw is a pure function of (seed, step, purpose), so a resumed run goes on bit for bit.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from math import isfinite
+from typing import TYPE_CHECKING
+
+import torch
+
+from detour import UserError
+from detour.events import StepEvent, StopEvent, WarningEvent
+from detour.seeds import seed_for
+from detour.train import optim
+from detour.train.objective import flow_loss
+from detour.train.schedule import lr_at, set_lr
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from detour.train.control import Control
+    from detour.train.run import Run
+
+FINISHED = "finished"
+
+
+@dataclass
+class Progress:
+    """Where a run stands: all that a checkpoint holds besides tensors."""
+
+    step: int = 0
+    epoch: int = 0
+    """Epoch of the next micro-batch."""
+    batch: int = 0
+    """Place of the next micro-batch in its epoch."""
+    bad_steps: int = 0
+    """Steps in a row that were not taken because something was not finite."""
+    seconds: float = 0.0
+    """Time spent training, over all sessions."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step found."""
+
+    loss: float
+    grad_norm: float
+    lr: float
+    taken: bool
+    pictures: list[tuple[str, float]]
+    """Pictures of the step with their times; where some loss was not finite, those only."""
+
+
+def train(run: Run, progress: Progress, control: Control) -> str:
+    """Train to the last step or until asked to stop, and return the reason of the end. The caller writes the LoRA."""
+    settings, previous_end = run.process, time.monotonic()
+    epochs = (progress.epoch, progress.epoch)  # complete ones before and after the last step
+    resumed_at = progress.step if progress.step > 0 else None
+
+    while True:
+        requests = control.poll(progress.step)
+        last = progress.step >= run.total_steps or control.stop_reason is not None
+        new = progress.step != resumed_at  # everything due at this step was done before the interruption
+
+        # Save: at step 0 (a full disk or a damaged write shows in the first minute), when due, when asked, at the end.
+        if new and (last or progress.step == 0 or "save" in requests or run.due_save(progress.step, epochs)):
+            run.save(progress)
+
+        # Validate: at the same noise and times each time.
+        if new and run.due_validation(progress.step):
+            run.validate(progress.step)
+
+        # Draw previews as the finished LoRA will be used: without the training adapter.
+        if (new and run.due_sample(progress.step, epochs)) or "sample" in requests:
+            run.draw_previews(progress.step)
+
+        if last:
+            break
+
+        epoch_before, step_started = progress.epoch, time.monotonic()
+        outcome = train_step(run, progress)
+        epochs = (epoch_before, progress.epoch)
+        _count_bad_steps(run, progress, outcome)
+        now = time.monotonic()
+        progress.seconds += now - previous_end
+        if progress.step % settings.logging.log_every == 0 or not outcome.taken or progress.step == run.total_steps:
+            run.sink.emit(
+                StepEvent(
+                    step=progress.step,
+                    epoch=progress.epoch,
+                    loss=outcome.loss,
+                    lr=outcome.lr,
+                    grad_norm=outcome.grad_norm,
+                    seconds=now - step_started,
+                    seconds_outside=step_started - previous_end,
+                    memory_bytes=run.memory_bytes(),
+                )
+            )
+        previous_end = now
+
+    if progress.step >= run.total_steps:
+        return FINISHED
+    assert control.stop_reason is not None
+    run.sink.emit(StopEvent(step=progress.step, reason=control.stop_reason))
+    return control.stop_reason
+
+
+def train_step(run: Run, progress: Progress) -> Outcome:
+    """One optimizer step. Where a loss or the gradient is not finite, nothing but `progress` changes."""
+    settings = run.process.train
+    losses: list[Tensor] = []
+    times: list[Tensor] = []
+    names: list[str] = []
+    for micro in range(settings.gradient_accumulation):
+        batch, position = next(run.batches)
+        torch.manual_seed(seed_for(settings.seed, "dropout", progress.step, micro))  # dropout inside the adapter
+        with run.mixed_precision():
+            out = flow_loss(run.arch, run.denoiser, batch.to(run.device), settings, settings.seed, progress.step, micro)
+        (out.loss / settings.gradient_accumulation).backward()  # type: ignore[no-untyped-call]
+        losses.append(out.per_sample_B)
+        times.append(out.t_B)
+        names += batch.names
+        progress.epoch, progress.batch = position
+
+    loss_of = torch.cat(losses).tolist()
+    bad = [name for name, value in zip(names, loss_of, strict=True) if not isfinite(value)]
+    lr = lr_at(settings, progress.step, run.total_steps)
+    taken, grad_norm = False, float("nan")
+    if bad:
+        optim.discard(run.parameters)
+    else:
+        set_lr(run.optimizer, lr)
+        update = optim.update(run.optimizer, run.parameters, settings.max_grad_norm)
+        taken, grad_norm = update.taken, update.grad_norm
+    if taken and run.ema is not None:
+        run.ema.update()
+    progress.step += 1
+    seen = zip(names, torch.cat(times).tolist(), strict=True)
+    return Outcome(
+        loss=sum(loss_of) / len(loss_of),
+        grad_norm=grad_norm,
+        lr=lr,
+        taken=taken,
+        pictures=[(name, t) for name, t in seen if not bad or name in bad],
+    )
+
+
+def _count_bad_steps(run: Run, progress: Progress, outcome: Outcome) -> None:
+    """Report a step that was not taken; give up after too many in a row, with the last checkpoint intact."""
+    if outcome.taken:
+        progress.bad_steps = 0
+        return
+    progress.bad_steps += 1
+    what = "gradient" if isfinite(outcome.loss) else "loss"
+    details = [f"{name} at t = {t:.3f}" for name, t in outcome.pictures]
+    message = f"step {progress.step}: the {what} is not finite; no weight was changed"
+    run.sink.emit(WarningEvent(step=progress.step, message=message, details=details))
+    limit = run.process.train.max_bad_steps
+    if progress.bad_steps >= limit:
+        raise UserError(
+            f"{progress.bad_steps} steps in a row had a {what} that is not finite (train.max_bad_steps: {limit}); "
+            f"the last were on {', '.join(details[:8])}. The last checkpoint is intact. Try a lower train.lr, "
+            f"train.dtype: fp32, or look at those pictures."
+        )

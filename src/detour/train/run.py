@@ -1,0 +1,237 @@
+"""A run: the models, the data and the settings of one training process, with what is done to them once in a while."""
+
+from __future__ import annotations
+
+import hashlib
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from detour import UserError, export, sample
+from detour.events import SampleEvent, SaveEvent, ValidationEvent, WarningEvent
+from detour.nn import lora
+from detour.train import checkpoint, optim
+from detour.train.objective import evaluating, validation_loss
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from torch import nn
+
+    from detour.archs.base import Arch, Condition
+    from detour.config.job import TrainProcess
+    from detour.data.loader import Batch
+    from detour.events import Sink
+    from detour.lora_formats import Format
+    from detour.nn.training_adapter import TrainingAdapter
+    from detour.train.ema import Ema
+    from detour.train.loop import Progress
+
+STEP_DIGITS = 9  # `<name>-000000250.safetensors`, sorted by name as by step
+
+
+@dataclass(frozen=True)
+class Preview:
+    """A picture to draw, with the conditions of its prompt and, with guidance, its negative prompt."""
+
+    request: sample.Request
+    conditions: list[Condition]
+
+
+@dataclass
+class Run:
+    """Built by `build.build_run`, used by the loop. Nothing here decides when; the loop does."""
+
+    name: str
+    folder: Path
+    process: TrainProcess
+    job_yaml: str
+    arch: Arch
+    device: torch.device
+    sink: Sink
+    denoiser: nn.Module
+    vae: nn.Module
+    scheduler: Any
+    adapter: TrainingAdapter | None
+    text: Any
+    """The text encoder in main memory, where `unload_text_encoder: false` keeps it."""
+    trainable: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    ema: Ema | None
+    open_batches: Callable[[tuple[int, int]], Iterator[tuple[Batch, tuple[int, int]]]]
+    """Micro-batches from a position (epoch, place) on, without end, each with the position of the next."""
+    total_steps: int
+    previews: list[Preview]
+    images: int
+    """Pictures in the training sets."""
+    captions: list[str]
+    validation: list[Batch]
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What identifies data, model and program: goes into checkpoints and is compared on resuming."""
+    batches: Iterator[tuple[Batch, tuple[int, int]]] = field(default_factory=lambda: iter(()))
+
+    def start(self, progress: Progress) -> None:
+        """Open the data at the place where `progress` stands."""
+        self.batches = self.open_batches((progress.epoch, progress.batch))
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The trained parameters, in the order of `trainable`."""
+        return list(self.trainable.values())
+
+    def due_save(self, step: int, epochs: tuple[int, int]) -> bool:
+        """Is a save due after this step, which took the run from `epochs[0]` to `epochs[1]` complete epochs?"""
+        return _due(step, epochs, self.process.save.save_every, self.process.train.save_every_n_epochs)
+
+    def due_sample(self, step: int, epochs: tuple[int, int]) -> bool:
+        """Are previews due: before the first step, when the settings say, at the end."""
+        settings = self.process.sample
+        if settings.disable_sampling:
+            return False
+        if step == 0:
+            return not settings.skip_first_sample
+        return step >= self.total_steps or _due(step, epochs, settings.sample_every, settings.sample_every_n_epochs)
+
+    def due_validation(self, step: int) -> bool:
+        """Is a validation due: before the first step, when the settings say, at the end."""
+        every = self.process.validation.validate_every
+        return every is not None and (step % every == 0 or step >= self.total_steps)
+
+    def memory_bytes(self) -> int:
+        """Most memory held so far: on the card, or by this process where there is none."""
+        if self.device.type == "cuda":
+            return int(torch.cuda.max_memory_allocated(self.device))
+        import psutil
+
+        return int(psutil.Process().memory_info().rss)
+
+    @contextmanager
+    def as_deployed(self) -> Iterator[None]:
+        """The weights as the exported file will hold them: averaged where an average is kept."""
+        with ExitStack() as stack:
+            stack.enter_context(optim.for_evaluation(self.optimizer))
+            if self.ema is not None:
+                stack.enter_context(self.ema.swapped())
+            yield
+
+    def save(self, progress: Progress) -> None:
+        """Write a checkpoint and read it back, write the LoRA of this step, then remove the oldest of both."""
+        tensors, scalars = optim.pack(self.optimizer)
+        groups = {"weights": {name: p.detach() for name, p in self.trainable.items()}, "optimizer": tensors}
+        if self.ema is not None:
+            groups["ema"] = self.ema.state()
+        state = {"progress": asdict(progress), "optimizer": scalars, "facts": self.facts}
+        folder, keep = self.folder / "checkpoints", self.process.save.max_step_saves_to_keep
+        snapshot = checkpoint.Snapshot(step=progress.step, tensors=groups, state=state, job_yaml=self.job_yaml)
+        if progress.step == 0:
+            checkpoint.preflight(self.folder, checkpoint.size(snapshot), keep)
+        saved = checkpoint.save(folder, snapshot)
+        path = None
+        if 0 < progress.step < self.total_steps and self.process.network.type != "full":
+            path = self.folder / f"{self.name}-{progress.step:0{STEP_DIGITS}d}.safetensors"
+            self._export_lora(path, self.process.save.formats[0], progress)
+        self.sink.emit(SaveEvent(step=progress.step, checkpoint=str(saved), lora=str(path) if path else None))
+        checkpoint.prune(folder, keep, verified=saved)
+        numbered = sorted(self.folder.glob(f"{self.name}-{'[0-9]' * STEP_DIGITS}.safetensors"))
+        for old in numbered[:-keep]:
+            old.unlink()
+
+    def restore(self, snapshot: checkpoint.Snapshot) -> None:
+        """Take over a checkpoint's weights, average and optimizer. UserError where it belongs to another job."""
+        lora.load_state(self.denoiser, snapshot.tensors["weights"])
+        optim.unpack(self.optimizer, snapshot.tensors["optimizer"], snapshot.state["optimizer"])
+        if self.ema is not None:
+            if "ema" not in snapshot.tensors:
+                raise UserError("the checkpoint has no moving average, which train.ema_config asks for; use --fresh")
+            self.ema.load_state(snapshot.tensors["ema"])
+
+    def finish(self, progress: Progress) -> Path:
+        """Write what was trained in every format asked for, each proven by loading; returns the first."""
+        if self.process.network.type == "full":
+            with self.as_deployed():
+                target, dtype = self.folder / self.name, self.process.save.dtype
+                return export.export_full(self.denoiser, target, self.arch.spec, dtype)
+        paths: list[Path] = []
+        for index, fmt in enumerate(self.process.save.formats):
+            paths.append(self.folder / (f"{self.name}.safetensors" if index == 0 else f"{self.name}.{fmt}.safetensors"))
+            self._export_lora(paths[-1], fmt, progress)
+        newest = self.folder / "checkpoints" / checkpoint.folder_name(progress.step)
+        self.sink.emit(SaveEvent(step=progress.step, checkpoint=str(newest), lora=str(paths[0])))
+        return paths[0]
+
+    def _export_lora(self, path: Path, fmt: Format, progress: Progress) -> None:
+        with self.as_deployed():
+            file = export.from_training(lora.state(self.denoiser), self.process.network)
+            origin = export.Origin(
+                title=self.name,
+                process=self.process,
+                step=progress.step,
+                epoch=progress.epoch,
+                images=self.images,
+                adapter_sha256=self.adapter.sha256 if self.adapter else None,
+                job_sha256=hashlib.sha256(self.job_yaml.encode()).hexdigest(),
+                captions=self.captions if self.process.save.include_captions else (),
+            )
+            metadata = export.describe(file, self.arch.spec, origin)
+            base = export.Base.of(self.denoiser, self.arch.spec)
+            written = export.write_lora(path, file, base, fmt, dtype=self.process.save.dtype, metadata=metadata)
+        for note in written.notes:
+            self.sink.emit(WarningEvent(step=progress.step, message=f"{path.name}: {note}"))
+
+    def validate(self, step: int) -> None:
+        """Loss on held-out pictures, at fixed noise and times, with the training adapter as in training."""
+        times, seed = self.process.validation.times, self.process.train.seed
+        held = [batch.to(self.device) for batch in self.validation]
+        with self.as_deployed(), self.mixed_precision():
+            mean, by_time = validation_loss(self.arch, self.denoiser, held, times, seed)
+        self.sink.emit(ValidationEvent(step=step, loss=mean, by_time=by_time))
+
+    def draw_previews(self, step: int) -> None:
+        """Draw every preview as the LoRA will be used: training adapter removed, dropout off."""
+        arch, latents = self.arch, list[torch.Tensor]()
+        with self.as_deployed(), ExitStack() as stack:
+            stack.enter_context(evaluating(self.denoiser))
+            if self.adapter is not None:
+                stack.enter_context(self.adapter.removed())
+            for preview in self.previews:
+                request = preview.request
+                noise = sample.initial_noise(arch.spec, request).to(self.device)
+                with self._lora_scaled(request.lora_scale):
+                    latents.append(
+                        sample.denoise(arch, self.denoiser, self.scheduler, noise, request, preview.conditions)
+                    )
+        facts = {key: str(value) for key, value in self.facts.items() if key.endswith("sha256")} | {"step": str(step)}
+        with self._vae_on_device():
+            for index, (preview, latents_BCHW) in enumerate(zip(self.previews, latents, strict=True)):
+                request, picture = preview.request, sample.to_picture(arch, self.vae, latents_BCHW)
+                path = self.folder / "samples" / f"{step:0{STEP_DIGITS}d}-{index:02d}.png"
+                sample.save_picture(path, picture, request, arch.spec, facts)
+                self.sink.emit(
+                    SampleEvent(step=step, index=index, path=str(path), prompt=request.prompt, seed=request.seed)
+                )
+
+    def mixed_precision(self) -> torch.autocast:
+        """Compute in `train.dtype`, whatever the weights are held in."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.process.train.dtype == "bf16")
+
+    def _lora_scaled(self, factor: float) -> AbstractContextManager[None]:
+        return nullcontext() if factor == 1 else lora.scaled(self.denoiser, factor)
+
+    @contextmanager
+    def _vae_on_device(self) -> Iterator[None]:
+        """With `low_vram` the VAE is on the card only while it works."""
+        self.vae.to(self.device)
+        yield
+        if self.process.model.low_vram:
+            self.vae.to("cpu")
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+
+def _due(step: int, epochs: tuple[int, int], every: int | None, every_epochs: int | None) -> bool:
+    by_step = every is not None and step > 0 and step % every == 0
+    by_epoch = every_epochs is not None and epochs[1] // every_epochs > epochs[0] // every_epochs
+    return by_step or by_epoch
