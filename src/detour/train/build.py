@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from detour import archs, export, sample, weights
+from detour import UserError, archs, export, sample, weights
 from detour.config.job import PromptConfig
 from detour.data import cache, order
 from detour.data.loader import Source, batches, load_batch
@@ -19,6 +19,7 @@ from detour.data.prepare import Encoders, prepare
 from detour.data.scan import scan
 from detour.draw import DTYPES, pick_device
 from detour.events import StageEvent, WarningEvent
+from detour.lora_formats import unsupported
 from detour.nn import lora, quant, training_adapter
 from detour.train import checkpoint, optim
 from detour.train.ema import Ema
@@ -69,6 +70,7 @@ def gather(process: TrainProcess, sink: Sink) -> Inputs:
     for message in [*archs.advice(process), *optim.optimizer_advice(process.train)]:
         sink.emit(WarningEvent(step=None, message=message))
     check_times(process.train, spec.shift)
+    _check_formats(process)
     device = pick_device(process.device)
 
     datasets = process.all_datasets
@@ -132,8 +134,7 @@ def build(inputs: Inputs, folder: Path, name: str, job_yaml: str, sink: Sink) ->
     denoiser = _load_denoiser(inputs, dtype, sink)
     lora.attach(denoiser, inputs.lora_layers, process.network, settings.seed)
     if inputs.pretrained is not None:
-        file = inputs.pretrained
-        lora.load_pretrained(denoiser, file.tensors, {name: file.scale(name) for name in file.modules})
+        lora.load_pretrained(denoiser, *inputs.pretrained.for_training())
     if inputs.adapter is not None:
         inputs.adapter.attach(denoiser)
     if settings.gradient_checkpointing:
@@ -206,6 +207,16 @@ def _orders(
         divisibility=divisibility,
     )
     return training, validation
+
+
+def _check_formats(process: TrainProcess) -> None:
+    """Formats that cannot carry this kind of adapter are known before the first step, not after the last."""
+    kind = process.network.type
+    if kind == "full":
+        return
+    reasons = [reason for fmt in process.save.formats if (reason := unsupported(kind, fmt))]
+    if reasons:
+        raise UserError(f"save.formats: {'; '.join(reasons)}")
 
 
 def _requests(process: TrainProcess, found: Scan) -> list[sample.Request]:
