@@ -118,6 +118,23 @@ def test_our_files_are_what_the_safetensors_package_reads_and_writes(tmp_path):
     assert ours == reference(weights)
 
 
+def test_every_tensor_lies_at_a_multiple_of_its_element_size():
+    tensors = {f"{i}": torch.ones(3, dtype=dtype) for i, dtype in enumerate(reversed(DTYPES))}
+    content = b"".join(bytes(chunk) for chunk in checkpoint._safetensors(tensors))
+    length = int.from_bytes(content[:8], "little")
+    for name, entry in json.loads(content[8 : 8 + length]).items():
+        assert (8 + length + entry["data_offsets"][0]) % tensors[name].element_size() == 0, name
+
+
+def test_what_was_loaded_does_not_change_when_the_file_does(tmp_path):
+    path = save(tmp_path, Snapshot(1, {"weights": {"a": torch.ones(100_000)}}, {}, ""))
+    back = load(path)
+    with (path / "weights.safetensors").open("r+b") as file:
+        file.seek(1000)
+        file.write(bytes(300_000))
+    assert torch.equal(back.tensors["weights"]["a"], torch.ones(100_000))
+
+
 def test_names_of_any_text_come_back(tmp_path):
     tensors = {'quo"te': torch.ones(1), "ü/日本\n": torch.zeros(2), "": torch.ones(3)}
     back = load(save(tmp_path, Snapshot(1, {"weights": tensors}, {}, ""))).tensors["weights"]
