@@ -13,7 +13,7 @@ from detour.archs.zimage import SPEC
 from detour.config.job import NetworkConfig
 from detour.export import Base, from_training
 from detour.lora_formats import LoraFile
-from detour.nn.quant import quiet_imports
+from detour.nn.quiet import quiet_imports
 
 DIM, TEXT_DIM, RANK = 48, 32, 4
 

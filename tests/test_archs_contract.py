@@ -1,4 +1,4 @@
-"""What every architecture must do, checked on its miniature against diffusers' own pipeline: see `archs_table.py`."""
+"""What every architecture must do, checked on its miniature against diffusers' own pipeline: see `archs.py`."""
 
 import re
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from archs_table import ROWS, Row
+from archs import ROWS, Row
 from detour import UserError, archs
 from detour.config.job import ModelArch
 from detour.sample import Request, denoise, initial_noise, to_picture

@@ -2,70 +2,155 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from detour import UserError, archs
+from detour import RefusedError, UserError, archs
+from detour.config.job import TrainProcess
 from detour.data.scan import scan
 
 if TYPE_CHECKING:
-    from detour.config.job import Job, TrainProcess
+    from collections.abc import Iterator, Sequence
+
+    from detour.archs.base import ArchSpec
+    from detour.config.job import DatasetConfig
+    from detour.config.load import Loaded
+
+_LISTED = 5  # names shown in a warning; the rest is counted
+# An option at the beginning of a line of an error: `model.dtype: ...`, `train.lr must ...`, `datasets[0]: upscale: ...`.
+_NAME = r"[a-z_]+(?:\[\d+\])?"
+_OPTION = re.compile(rf"(?P<indent>\s*)(?P<option>{_NAME}(?:\.{_NAME})*)(?:: (?P<inner>[a-z_]+)(?=:))?")
 
 
-def check_job(job: Job) -> dict[str, Any]:
-    """Warnings, a summary and figures of each process. Raises UserError with every error of every process at once."""
-    errors: list[str] = []
-    report: dict[str, Any] = {"ok": True, "warnings": [], "summary": [], "processes": []}
-    for process in job.config.process:
-        _check_process(process, report, errors)
-    if errors:
-        raise UserError("\n".join(errors))
+def check_job(loaded: Loaded) -> dict[str, Any]:
+    """Errors (each with its line), warnings, a summary and figures of each process.
+
+    `exit_code` is 0, or what `detour run` would end with before it starts.
+    """
+    report: dict[str, Any] = {
+        "ok": True, "exit_code": 0, "errors": [], "warnings": [], "summary": [], "processes": []
+    }  # fmt: skip
+    found: list[UserError] = []
+    for index, process in enumerate(loaded.job.config.process):
+        for error in _check_process(process, report):
+            found.append(error)
+            report["errors"].append(located(loaded, str(error), index))
+    if found:
+        refused = all(isinstance(error, RefusedError) for error in found)
+        report |= {"ok": False, "exit_code": RefusedError.exit_code if refused else UserError.exit_code}
     return report
 
 
-def _check_process(process: TrainProcess, report: dict[str, Any], errors: list[str]) -> None:
+def located(loaded: Loaded, message: str, process: int = 0) -> str:
+    """An error found after the job file was read, with `job.yaml:12: ` before each line that names an option."""
+    return "\n".join(_located(loaded, line, process) for line in message.splitlines())
+
+
+def _located(loaded: Loaded, line: str, process: int) -> str:
+    match = _OPTION.match(line)
+    if match is None:
+        return line
+    option, inner = match["option"], match["inner"]
+    section, _, name = option.partition(".")
+    if section.startswith("datasets["):
+        if loaded.job.config.process[process].train.dataset_folder is not None:  # the short form of a dataset
+            option = "train.dataset_folder"
+        elif inner is not None:
+            option = f"{option}.{inner}"
+    elif section not in TrainProcess.model_fields or not (name or line[match.end("option") :].startswith(":")):
+        return line  # a word like another
+    return f"{match['indent']}{loaded.place(option, process)}: {line.removeprefix(match['indent'])}"
+
+
+def _check_process(process: TrainProcess, report: dict[str, Any]) -> Iterator[UserError]:
+    """Add a process to the report; yield what is wrong with it."""
     try:
         resolved = archs.resolve(process)
     except UserError as error:
-        errors.append(str(error))
+        yield error
         return
     facts, (name, variant) = archs.spec(resolved.model.arch), archs.variant_of(resolved)
-    errors += [message for message in map(_missing_file, _files(resolved)) if message]
+    yield from _paths(resolved)
+    yield from _sizes(resolved, facts)
     report["warnings"] += archs.advice(resolved)
+    validation = resolved.validation.dataset
+    if validation is not None:
+        try:
+            _scan([validation], resolved, facts, report)
+        except UserError as error:
+            yield type(error)(f"validation.dataset: {error}")
     try:
-        found = scan(resolved.all_datasets, trigger=resolved.trigger_word, divisibility=facts.bucket_divisibility)
+        counts = _scan(resolved.all_datasets, resolved, facts, report)
     except UserError as error:
-        errors.append(str(error))
+        yield error
         return
-    report["warnings"] += [f"{finding.message}: {_some(finding.details)}" for finding in found.findings]
-    report["warnings"] += [f"left out: {problem.path} {problem.reason}" for problem in found.skipped]
-    pictures, captions = len(found.pictures), sum(len(picture.captions) for picture in found.pictures)
     length = f"{resolved.train.epochs} epochs" if resolved.train.epochs else f"{resolved.train.steps} steps"
-    counts = {"pictures": pictures, "captions": captions, "skipped": len(found.skipped)}
     report["processes"].append({"arch": facts.name, "variant": name, **counts})
     sampling = f"{resolved.sample.sample_steps} steps, guidance {resolved.sample.guidance_scale:g}"
     kind = "distilled, " if variant.distilled else ""
     report["summary"].append(
-        f"ok: {facts.title} {name} ({kind}{sampling}), {pictures} pictures with {captions} captions, {length}"
+        f"{facts.title} {name} ({kind}{sampling}), {counts['pictures']} pictures with {counts['captions']} captions, "
+        f"{length}"
     )
 
 
-def _files(process: TrainProcess) -> list[tuple[str, str]]:
-    named = (
-        ("model.assistant_lora_path", process.model.assistant_lora_path),
+def _scan(
+    datasets: Sequence[DatasetConfig], process: TrainProcess, facts: ArchSpec, report: dict[str, Any]
+) -> dict[str, int]:
+    """Look at every picture; findings go into the report."""
+    found = scan(datasets, trigger=process.trigger_word, divisibility=facts.bucket_divisibility)
+    report["warnings"] += [f"{finding.message}: {_some(finding.details)}" for finding in found.findings]
+    report["warnings"] += [f"left out: {problem.path} {problem.reason}" for problem in found.skipped]
+    captions = sum(len(picture.captions) for picture in found.pictures)
+    return {"pictures": len(found.pictures), "captions": captions, "skipped": len(found.skipped)}
+
+
+def _sizes(process: TrainProcess, facts: ArchSpec) -> Iterator[UserError]:
+    """Sizes of previews that the model cannot draw."""
+    settings = process.sample
+    if settings.disable_sampling:
+        return
+    named = [("sample", settings.width, settings.height)] if len(settings.prompts) == 0 else []
+    for index, prompt in enumerate(settings.prompts):
+        named.append((f"sample.prompts[{index}]", prompt.width or settings.width, prompt.height or settings.height))
+    said: set[str] = set()
+    for option, width, height in named:
+        problem = facts.size_problem(width, height)
+        if problem is not None and problem not in said:  # the size that all prompts share is said once
+            said.add(problem)
+            yield UserError(f"{option}: {problem}")
+
+
+def _paths(process: TrainProcess) -> Iterator[UserError]:
+    """Paths that are not there and cannot be hub names. What is on the hub is found when the job runs."""
+    model = process.model
+    models = (("model.name_or_path", model.name_or_path), ("model.extras_name_or_path", model.extras_name_or_path))
+    for option, path in models:
+        if path is not None and not _on_hub(path, parts=2) and not Path(path).expanduser().exists():
+            yield UserError(
+                f"{option}: there is no {path}; give a folder in the diffusers layout, a .safetensors file, or a hub "
+                f"id such as Tongyi-MAI/Z-Image-Turbo"
+            )
+    files = (
+        ("model.assistant_lora_path", model.assistant_lora_path),
         ("network.pretrained_lora_path", process.network.pretrained_lora_path),
     )
-    return [(option, path) for option, path in named if path]
+    for option, path in files:
+        if path is not None and not _on_hub(path, parts=3) and not Path(path).expanduser().is_file():
+            yield UserError(
+                f"{option}: there is no file {path}; give a local .safetensors file or user/repo/file.safetensors on "
+                f"the hub"
+            )
 
 
-def _missing_file(named: tuple[str, str]) -> str | None:
-    """A path that cannot be a hub name and is not there. What is on the hub is found when the job runs."""
-    option, path = named
-    hub = len(path.split("/")) >= 3 and not path.startswith(("/", ".", "~"))
-    if hub or Path(path).expanduser().is_file():
-        return None
-    return f"{option}: there is no file {path}; give a local .safetensors file or user/repo/file.safetensors on the hub"
+def _on_hub(path: str, parts: int) -> bool:
+    """Can a path that is not on this machine be a name on the hub: `user/repo`, or `user/repo/file.safetensors`?"""
+    if path.startswith(("/", ".", "~")) or path.endswith("/"):
+        return False
+    count = path.count("/") + 1
+    return count == parts if parts == 2 and not path.endswith(".safetensors") else count >= 3
 
 
 def _some(names: tuple[str, ...]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return ", ".join(names[:_LISTED]) + (f" and {len(names) - _LISTED} more" if len(names) > _LISTED else "")

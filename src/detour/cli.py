@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from detour import UserError, __version__
+from detour.nn.quiet import quiet_imports
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -36,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
     try:
-        return int(arguments.call(arguments))
+        with quiet_imports():
+            return int(arguments.call(arguments))
     except UserError as error:
         if arguments.debug:
             traceback.print_exc()

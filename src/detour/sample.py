@@ -47,13 +47,9 @@ class Request:
 
 def check_size(spec: ArchSpec, request: Request) -> None:
     """Refuse a size that the model's patches do not divide."""
-    unit = spec.spatial_factor * 2
-    if request.width % unit or request.height % unit:
-        fits = f"{max(unit, round(request.width / unit) * unit)} x {max(unit, round(request.height / unit) * unit)}"
-        raise UserError(
-            f"sample size {request.width} x {request.height}: {spec.name} draws sizes divisible by {unit}; "
-            f"the nearest is {fits}"
-        )
+    problem = spec.size_problem(request.width, request.height)
+    if problem is not None:
+        raise UserError(f"a picture of {problem}")
 
 
 def initial_noise(spec: ArchSpec, request: Request) -> Tensor:

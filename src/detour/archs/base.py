@@ -103,6 +103,14 @@ class ArchSpec:
         """The `guidance_scale` to give to the diffusers pipeline for this project's `guidance` (1 = none)."""
         return guidance - self.diffusers_guidance_offset
 
+    def size_problem(self, width: int, height: int) -> str | None:
+        """Why a picture of that size (pixels) cannot be drawn: the model's patches are two latent positions wide."""
+        unit = self.spatial_factor * 2
+        if width > 0 and height > 0 and width % unit == 0 and height % unit == 0:
+            return None
+        fits = " x ".join(str(max(unit, round(side / unit) * unit)) for side in (width, height))
+        return f"{width} x {height} pixels cannot be drawn: {self.name} needs sides divisible by {unit}; try {fits}"
+
     @property
     def default(self) -> Variant:
         """The variant that is meant when none is named."""

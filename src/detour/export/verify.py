@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from detour import UserError
 from detour.export.reading import added_shape, parse
 from detour.lora_formats import DORA_SCALE, MAGNITUDE, LoraFile, by_module, module_key, peft_options
-from detour.nn.quant import quiet_imports
+from detour.nn.quiet import quiet_imports
 from detour.weights import read_tensors
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ class _StandIn(nn.Module):
 
 def _through_diffusers(path: Path, kind: Kind, spec: ArchSpec, shapes: Shapes) -> LoraFile:
     """What `pipeline.load_lora_weights` makes of a file."""
-    with quiet_imports(), _quiet("diffusers.quantizers.torchao"):  # about checkpoints that are stored quantised
+    with quiet_imports():
         from diffusers import loaders
         from diffusers.loaders.peft import PeftAdapterMixin
 

@@ -5,7 +5,6 @@ Whatever can be wrong with the inputs is an error in the first half, before a we
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +40,6 @@ if TYPE_CHECKING:
     from detour.export import LoraFile
     from detour.nn.training_adapter import TrainingAdapter
 
-_NOT_COMPARED = {"num_workers", "cache_folder", "dataset_folder", "unload_text_encoder"}  # none changes a result
 DEFAULT_PROMPTS = 4  # captions drawn as previews when the job names no prompt
 
 
@@ -129,7 +127,8 @@ def build(inputs: Inputs, folder: Path, name: str, job_yaml: str, sink: Sink) ->
         batches_in_all = sum(training.count(epoch) for epoch in range(settings.epochs))
         total_steps = max(1, -(-batches_in_all // settings.gradient_accumulation))
     previews = [Preview(r, [_condition(store, models.keys, p) for p in r.prompts()]) for r in inputs.requests]
-    models.release_text()
+    vae = models.vae()
+    models.release()
 
     denoiser = _load_denoiser(inputs, dtype, sink)
     lora.attach(denoiser, inputs.lora_layers, process.network, settings.seed)
@@ -152,7 +151,7 @@ def build(inputs: Inputs, folder: Path, name: str, job_yaml: str, sink: Sink) ->
         device=device,
         sink=sink,
         denoiser=denoiser,
-        vae=models.vae(),
+        vae=vae,
         scheduler=arch.load_scheduler(inputs.source),
         adapter=inputs.adapter,
         text=models.text,
@@ -308,8 +307,8 @@ class _Models:
             self._vae = self._inputs.arch.load_vae(self._inputs.source, self._vae_dtype, self._inputs.device)
         return self._vae
 
-    def release_text(self) -> None:
-        """Every caption and prompt is in the cache: free the text encoder, or keep it in main memory if so asked."""
+    def release(self) -> None:
+        """Make room: free the text encoder, or keep it in main memory if so asked; with `low_vram` move the VAE out."""
         if self.text is not None:
             self.text = None if self._inputs.process.train.unload_text_encoder else self.text.to(torch.device("cpu"))
         if self._vae is not None and self._inputs.process.model.low_vram:
@@ -376,7 +375,6 @@ def _condition(store: cache.Store, keys: cache.Keys, prompt: str) -> dict[str, t
 def _facts(inputs: Inputs, keys: cache.Keys, training: Order) -> dict[str, Any]:
     """What identifies data, model and program. Compared on resuming."""
     adapter = inputs.adapter
-    settings = inputs.process.model_dump_json(include={"train", "network", "model"}, exclude={"train": _NOT_COMPARED})
     return checkpoint.environment() | {
         "model": inputs.source.name,
         "vae_sha256": keys.vae,
@@ -384,5 +382,4 @@ def _facts(inputs: Inputs, keys: cache.Keys, training: Order) -> dict[str, Any]:
         "training_adapter_sha256": adapter.sha256 if adapter else "none",
         "training_adapter_mode": adapter.mode if adapter else "none",
         "dataset_sha256": training.fingerprint,
-        "settings_sha256": hashlib.sha256(settings.encode()).hexdigest(),
     }

@@ -123,7 +123,12 @@ class Run:
         groups = {"weights": {name: p.detach() for name, p in self.trainable.items()}, "optimizer": tensors}
         if self.ema is not None:
             groups["ema"] = self.ema.state()
-        state = {"progress": asdict(progress), "optimizer": scalars, "facts": self.facts}
+        state = {
+            "progress": asdict(progress),
+            "total_steps": self.total_steps,
+            "optimizer": scalars,
+            "facts": self.facts,
+        }
         folder, keep = self.folder / "checkpoints", self.process.save.max_step_saves_to_keep
         snapshot = checkpoint.Snapshot(step=progress.step, tensors=groups, state=state, job_yaml=self.job_yaml)
         if progress.step == 0:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 from detour import UserError, archs, files
-from detour.config.load import dump_job
+from detour.config.load import changed_options, dump_job
 from detour.events import EndEvent, JsonlSink, StartEvent, Tee, WarningEvent
 from detour.train import build, checkpoint
 from detour.train.loop import FINISHED, Progress, train
@@ -77,6 +77,10 @@ def _run_process(
         files.write_bytes(folder / "job.yaml", text)
         files.remove_stale(folder)
         snapshot = checkpoint.newest_valid(folder / "checkpoints", lambda message: _warn(sink, message))
+        if snapshot is not None and (done := _finished(snapshot, text, folder, name)) is not None:
+            _warn(sink, "this run is finished; raise train.steps (or epochs) to go on, or start over with --fresh")
+            sink.emit(EndEvent(step=snapshot.step, reason=FINISHED, seconds=time.monotonic() - started))
+            return done
         run = build.build(inputs, folder, name, text, sink)
         progress = _resume(run, snapshot) if snapshot is not None else Progress()
         run.start(progress)
@@ -134,10 +138,20 @@ def _trackers(logging: LoggingConfig, folder: Path, name: str) -> list[Sink]:
     return chosen
 
 
+def _finished(snapshot: checkpoint.Snapshot, text: str, folder: Path, name: str) -> Result | None:
+    """The result of a run that had come to its end with this very job file: nothing is left to do."""
+    lora = folder / f"{name}.safetensors"
+    ended = snapshot.step == snapshot.state["total_steps"] and snapshot.job_yaml == text
+    return Result(folder, FINISHED, snapshot.step, lora) if ended and lora.is_file() else None
+
+
 def _resume(run: Run, snapshot: checkpoint.Snapshot) -> Progress:
     """Put a checkpoint into the run; say what has changed since it was written."""
-    for change in checkpoint.changes(snapshot.state["facts"], run.facts):
-        _warn(run.sink, f"resuming although the {change}: the run goes on, but not bit for bit as it would have")
+    changes = changed_options(snapshot.job_yaml, run.job_yaml)
+    changes += checkpoint.changes(snapshot.state["facts"], run.facts)
+    if changes:
+        message = "something has changed since the checkpoint: the run goes on, but not bit for bit as it would have"
+        run.sink.emit(WarningEvent(step=snapshot.step, message=message, details=changes))
     run.restore(snapshot)
     state: dict[str, Any] = snapshot.state["progress"]
     return Progress(**state)
