@@ -22,7 +22,7 @@ ONLY = {
 }
 TORCH_FREE = (
     "detour", "detour.cli", "detour.console", "detour.events", "detour.files", "detour.seeds", "detour.trackers", "detour.config", "detour.archs",
-    "detour.data.scan", "detour.data.buckets", "detour.data.captions", "detour.data.order", "detour.jobs", "detour.web",
+    "detour.data.images", "detour.data.caption_files", "detour.data.scan", "detour.data.buckets", "detour.data.captions", "detour.data.order", "detour.jobs", "detour.web",
 )  # fmt: skip
 EXTERNAL_ONLY_IN_FUNCTIONS = ("diffusers", "transformers")
 

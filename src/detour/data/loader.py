@@ -9,7 +9,9 @@ Shapes: B batch, C channels, H W height and width (latent).
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -120,7 +122,9 @@ def batches(
         prefetch_factor=_PREFETCH if num_workers else None,
         multiprocessing_context=context if num_workers else None,
     )
-    for result in loader:
+    with _interrupts_held():
+        results = iter(loader)  # starts the workers
+    for result in results:
         if isinstance(result, _Failure):
             raise UserError(result.message)
         yield result
@@ -159,6 +163,19 @@ class _Plans:
 
 def _as_is(result: object) -> object:
     return result
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Ctrl-C waits until the block ends. Processes started inside never get it, not even while they are starting."""
+    if sys.platform == "win32":
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _leave_signals_to_main(_worker: int) -> None:

@@ -5,6 +5,7 @@ Whatever can be wrong with the inputs is an error in the first half, before a we
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ from detour.train.run import Preview, Run
 from detour.train.timesteps import check_times
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from torch import nn
@@ -79,21 +80,23 @@ def gather(process: TrainProcess, sink: Sink) -> Inputs:
         progress=lambda done, total: sink.emit(StageEvent(name="pictures", done=done, total=total)),
     )
     _tell(found, sink)
-    training, validation = _orders(process, found, datasets, arch)
+    training, validation = _orders(process, found, datasets, arch, sink)
     requests = _requests(process, found)
-    for request in requests:
-        sample.check_size(spec, request)
+    with _about("sample"):
+        for request in requests:
+            sample.check_size(spec, request)
 
     model = process.model
     assert model.name_or_path is not None  # resolved
-    source = weights.find_model(
-        model.name_or_path,
-        components=spec.components,
-        denoiser=spec.denoiser,
-        extras=model.extras_name_or_path,
-        revision=model.revision,
-    )
-    denoiser = arch.build_denoiser(source)
+    with _about("model.name_or_path"):
+        source = weights.find_model(
+            model.name_or_path,
+            components=spec.components,
+            denoiser=spec.denoiser,
+            extras=model.extras_name_or_path,
+            revision=model.revision,
+        )
+        denoiser = arch.build_denoiser(source)
     return Inputs(
         process=process,
         arch=arch,
@@ -171,6 +174,17 @@ def build(inputs: Inputs, folder: Path, name: str, job_yaml: str, sink: Sink) ->
 # --- inputs ----------------------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def _about(option: str) -> Iterator[None]:
+    """Begin errors with the option they are about, so that the command line can say its line in the job file."""
+    try:
+        yield
+    except UserError as error:
+        if str(error).startswith(option):
+            raise
+        raise type(error)(f"{option}: {error}") from error
+
+
 def _tell(found: Scan, sink: Sink) -> None:
     for finding in found.findings:
         sink.emit(WarningEvent(step=None, message=finding.message, details=list(finding.details)))
@@ -181,7 +195,7 @@ def _tell(found: Scan, sink: Sink) -> None:
 
 
 def _orders(
-    process: TrainProcess, found: Scan, datasets: list[DatasetConfig], arch: Arch
+    process: TrainProcess, found: Scan, datasets: list[DatasetConfig], arch: Arch, sink: Sink
 ) -> tuple[Order, Order | None]:
     """The order of training and, where asked for, that of validation."""
     settings, checks = process.train, process.validation
@@ -191,7 +205,9 @@ def _orders(
         pictures, held = order.hold_out(pictures, datasets, checks.holdout, settings.seed)
     elif checks.validate_every is not None and checks.dataset is not None:
         held_datasets = [checks.dataset]
-        held = scan(held_datasets, trigger=process.trigger_word, divisibility=divisibility).pictures
+        held_scan = scan(held_datasets, trigger=process.trigger_word, divisibility=divisibility)
+        _tell(held_scan, sink)
+        held = held_scan.pictures
     items = order.make_items(pictures, datasets, divisibility)
     training = order.Order(items, datasets, process.trigger_word, settings.seed, settings.batch_size)
     if not held:
@@ -250,17 +266,19 @@ def _adapter(process: TrainProcess, arch: Arch, denoiser: nn.Module) -> Training
         return None
     assert model.dtype is not None
     path = weights.find_file(model.assistant_lora_path, what="model.assistant_lora_path")
-    shapes = training_adapter.linear_shapes(denoiser)
-    return training_adapter.load_training_adapter(
-        path, shapes, arch.spec.lora_keys, model.assistant_lora_mode, dtype=DTYPES[model.dtype]
-    )
+    shapes, mode = training_adapter.linear_shapes(denoiser), model.assistant_lora_mode
+    with _about("model.assistant_lora_path"):
+        return training_adapter.load_training_adapter(
+            path, shapes, arch.spec.lora_keys, mode, dtype=DTYPES[model.dtype]
+        )
 
 
 def _pretrained(process: TrainProcess, arch: Arch, denoiser: nn.Module) -> LoraFile | None:
     if process.network.pretrained_lora_path is None:
         return None
     path = weights.find_file(process.network.pretrained_lora_path, what="network.pretrained_lora_path")
-    return export.read_lora(path, arch.spec, training_adapter.linear_shapes(denoiser))
+    with _about("network.pretrained_lora_path"):
+        return export.read_lora(path, arch.spec, training_adapter.linear_shapes(denoiser))
 
 
 # --- models ----------------------------------------------------------------------------------------------------------
@@ -285,6 +303,7 @@ class _Models:
         text = cache.identity(
             store.root,
             [source.component(part) for part in text_parts],
+            spec.name,  # architectures may share encoders but not how they ask them
             str(self._dtype),
             str(model.qtype_te if model.quantize_te else None),
             spec.text_tokens,
