@@ -6,6 +6,7 @@ import random
 import signal
 import stat
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -131,6 +132,20 @@ def flip(path: Path, rng: random.Random) -> int:
     data[place] ^= rng.randrange(1, 256)
     path.write_bytes(data)
     return place
+
+
+@contextmanager
+def folder_in_memory(fallback: Path) -> Iterator[Path]:
+    """A folder on a file system in memory, where there is one: thousands of syncs then wait for no disk.
+
+    What a kill or a failing call leaves behind does not depend on the kind of disk.
+    """
+    memory = Path("/dev/shm")
+    if not os.access(memory, os.W_OK):
+        yield fallback
+        return
+    with tempfile.TemporaryDirectory(prefix="detour-", dir=memory) as folder:
+        yield Path(folder)
 
 
 def leftovers(folder: Path) -> list[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from detour import RefusedError, UserError, archs
+from detour.config.document import JobError
 from detour.config.job import TrainProcess
 from detour.data.scan import scan
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from detour.config.load import Loaded
 
 _LISTED = 5  # names shown in a warning; the rest is counted
-# An option at the beginning of a line of an error: `model.dtype: ...`, `train.lr must ...`, `datasets[0]: upscale: ...`.
+# An option at the beginning of a line of an error: `model.dtype: ...`, `train.lr must ...`, `datasets[0]: upscale: ...`
 _NAME = r"[a-z_]+(?:\[\d+\])?"
 _OPTION = re.compile(rf"(?P<indent>\s*)(?P<option>{_NAME}(?:\.{_NAME})*)(?:: (?P<inner>[a-z_]+)(?=:))?")
 
@@ -40,6 +41,14 @@ def check_job(loaded: Loaded) -> dict[str, Any]:
         refused = all(isinstance(error, RefusedError) for error in found)
         report |= {"ok": False, "exit_code": RefusedError.exit_code if refused else UserError.exit_code}
     return report
+
+
+def failed(error: UserError) -> dict[str, Any]:
+    """The report on a job file that could not be read."""
+    errors = [str(mistake) for mistake in error.mistakes] if isinstance(error, JobError) else [str(error)]
+    return {
+        "ok": False, "exit_code": error.exit_code, "errors": errors, "warnings": [], "summary": [], "processes": []
+    }  # fmt: skip
 
 
 def located(loaded: Loaded, message: str, process: int = 0) -> str:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import os
 import sys
 import traceback
 from contextlib import contextmanager
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
     from detour.config.load import Loaded
     from detour.events import Sink
+    from detour.train.control import Control
     from detour.train.session import Result
 
     _Command = Callable[[str, Callable[[argparse.Namespace], int], str], argparse.ArgumentParser]
@@ -38,12 +41,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         with quiet_imports():
-            return int(arguments.call(arguments))
+            code = int(arguments.call(arguments))
+            sys.stdout.flush()
+            return code
     except UserError as error:
         if arguments.debug:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:  # `detour schema | head`: whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that flushing at the end does not fail too
+        return 1
     except KeyboardInterrupt:
         print("stopped at once; what was saved before is intact", file=sys.stderr)
         return STOPPED
@@ -93,14 +101,14 @@ def _add_tools(command: _Command) -> None:
     draw.add_argument("--lora", action="append", default=[], metavar="FILE[:scale]", help="may be given several times")
     draw.add_argument("--prompt", action="append", required=True, help="may be given several times")
     draw.add_argument("--negative", default="", help="negative prompt, used with guidance above 1")
-    draw.add_argument("--steps", type=int, help="denoising steps (default: the variant's)")
-    draw.add_argument("--guidance", type=float, help="1 means none (default: the variant's)")
-    draw.add_argument("--seed", type=int, default=42)
-    draw.add_argument("--width", type=int, default=1024)
-    draw.add_argument("--height", type=int, default=1024)
+    draw.add_argument("--steps", type=_count, metavar="N", help="denoising steps (default: the variant's)")
+    draw.add_argument("--guidance", type=_guidance, metavar="G", help="1 means none (default: the variant's)")
+    draw.add_argument("--seed", type=_seed, default=42, help="the same seed gives the same picture (default: 42)")
+    draw.add_argument("--width", type=_count, default=1024, metavar="W", help="pixels (default: 1024)")
+    draw.add_argument("--height", type=_count, default=1024, metavar="H", help="pixels (default: 1024)")
     draw.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16", help="type the model computes in")
-    draw.add_argument("--device", default="auto")
-    draw.add_argument("--out", type=Path, default=Path("samples"), metavar="DIR")
+    draw.add_argument("--device", default="auto", help="auto, cpu, mps, cuda or cuda:1")
+    draw.add_argument("--out", type=Path, default=Path("samples"), metavar="DIR", help="default: samples")
     draw.add_argument("--json", action="store_true", help="print the files as JSON")
 
     convert = command("convert", _convert, "write a LoRA in another format, verified by loading")
@@ -124,8 +132,33 @@ def _add_tools(command: _Command) -> None:
     nano.add_argument("--list", action="store_true", help="list the miniatures")
 
     demo = command("demo", _demo, "train a LoRA with a training adapter on the embedded miniature")
-    demo.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR")
+    demo.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR", help="default: demo")
+    demo.add_argument("--steps", type=_count, default=200, metavar="N", help="training steps (default: 200)")
     command("schema", _schema, "print the JSON Schema of job files")
+
+
+def _count(text: str) -> int:
+    """A number of steps or pixels."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 2^63 - 1")
+    return int(text)
+
+
+def _guidance(text: str) -> float:
+    """As everywhere in this project, 1 means none; diffusers counts from 0 for some models."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 1 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1 (1 means none)")
+    return value
 
 
 def _job_arguments(parser: argparse.ArgumentParser) -> None:
@@ -150,16 +183,18 @@ def _run(arguments: argparse.Namespace) -> int:
     from detour.train.rehearsal import rehearse
     from detour.train.session import run_job
 
-    with _console() as sink:
+    control = Control()
+    with _console() as sink, _places(loaded, control):
         if arguments.dry_run:
-            results = rehearse(loaded.job, sink)
+            results = rehearse(loaded.job, control, sink)
         else:
-            control = Control()
             control.install()
             results = run_job(loaded.job, control, sink, fresh=arguments.fresh)
     last = results[-1]
     if arguments.json:
         _print_json([_as_json(result) for result in results])
+    elif arguments.dry_run:
+        print("rehearsed: a step, a save, a resume, a second step and a LoRA file; only what is in the caches was kept")
     elif last.finished:
         print(f"finished at step {last.step}: {last.lora}")
     else:
@@ -167,9 +202,20 @@ def _run(arguments: argparse.Namespace) -> int:
     return 0 if last.finished else STOPPED
 
 
+@contextmanager
+def _places(loaded: Loaded, control: Control) -> Iterator[None]:
+    """Say where in the job file the options stand that an error names."""
+    from detour.checking import located
+
+    try:
+        yield
+    except UserError as error:
+        raise type(error)(located(loaded, str(error), control.process)) from error
+
+
 def _as_json(result: Result) -> dict[str, Any]:
     return {
-        "folder": str(result.folder),
+        "folder": str(result.folder) if result.folder.is_dir() else None,
         "reason": result.reason,
         "step": result.step,
         "lora": str(result.lora) if result.lora else None,
@@ -178,18 +224,26 @@ def _as_json(result: Result) -> dict[str, Any]:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from detour.checking import check_job
+    from detour.checking import check_job, failed
 
-    loaded = _load(arguments)
-    report = check_job(loaded.job)
+    notes: list[str] = []
+    try:
+        loaded = _load(arguments)
+        report, notes = check_job(loaded), loaded.notes
+    except UserError as error:
+        if not arguments.json:
+            raise
+        report = failed(error)
     if arguments.json:
-        _print_json(report | {"notes": loaded.notes})
-    else:
-        for warning in report["warnings"]:
-            print(f"warning: {warning}")
-        for line in report["summary"]:
-            print(line)
-    return 0
+        _print_json(report | {"notes": notes})
+        return int(report["exit_code"])
+    for warning in report["warnings"]:
+        print(f"warning: {warning}")
+    for message in report["errors"]:
+        print(f"error: {message}", file=sys.stderr)
+    for line in report["summary"]:
+        print(f"ok: {line}" if report["ok"] else line)
+    return int(report["exit_code"])
 
 
 def _sample(arguments: argparse.Namespace) -> int:
@@ -224,6 +278,8 @@ def _convert(arguments: argparse.Namespace) -> int:
     from detour.export import convert
 
     facts = archs.spec(archs.name_of(arguments.arch))
+    if arguments.target.exists() and arguments.source.exists() and arguments.target.samefile(arguments.source):
+        raise UserError(f"{arguments.target}: IN and OUT are the same file; give the converted one another name")
     written = convert(arguments.source, arguments.target, facts, arguments.format)
     for note in written.notes:
         print(f"note: {note}", file=sys.stderr)
@@ -278,7 +334,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     from detour.demo import demo
 
     with _console() as sink:
-        lines = demo(arguments.out, sink)
+        lines = demo(arguments.out, sink, arguments.steps)
     print("\n".join(lines))
     return 0
 

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 LOSS_MEMORY = 0.98  # share of the old mean kept at a step: the loss of one step says little, times are drawn at random
 SPEED_MEMORY = 0.9
+LISTED = 8  # details of a warning that are shown; `events.jsonl` has them all
 
 
 def console_sink(
@@ -265,7 +266,9 @@ def describe(event: Event) -> list[str]:
         lines = [f"step {event.step}: validation loss {event.loss:.4f}" + (f" ({parts})" if parts else "")]
     elif isinstance(event, WarningEvent):
         where = "" if event.step is None else f"step {event.step}: "
-        lines = [f"{where}warning: {event.message}", *(f"  {detail}" for detail in event.details)]
+        lines = [f"{where}warning: {event.message}", *(f"  {detail}" for detail in event.details[:LISTED])]
+        if len(event.details) > LISTED:
+            lines.append(f"  and {len(event.details) - LISTED} more")
     elif isinstance(event, StopEvent):
         lines = [f"step {event.step}: stopping ({event.reason}); saving first"]
     elif isinstance(event, EndEvent):

@@ -26,16 +26,18 @@ JOB = """\
 # Written by `detour demo`: Z-Image in miniature, trained with its training adapter. `detour run` goes on with it.
 config:
   output_name: zig
-  output_folder: {folder}/output
+  output_folder: '{folder}/output'
   process:
     - type: train
       trigger_word: zig
       model:
         arch: zimage
-        name_or_path: {folder}/miniature
-        assistant_lora_path: {folder}/miniature/training_adapter.safetensors
+        name_or_path: '{folder}/miniature'
+        assistant_lora_path: '{folder}/miniature/training_adapter.safetensors'
+      datasets:
+        - folder_path: '{folder}/miniature/dataset'
+          resolution: 128
       train:
-        dataset_folder: {folder}/miniature/dataset
         steps: {steps}
         batch_size: 4
         lr: 5e-3
@@ -44,7 +46,7 @@ config:
         dtype: fp32
         timestep_type: sigmoid
         gradient_checkpointing: false
-        cache_folder: {folder}/cache
+        cache_folder: '{folder}/cache'
       network: {{type: lora, linear: 16}}
       validation: {{validate_every: 50, holdout: 0.15}}
       save: {{save_every: 100, formats: [comfy, diffusers]}}
@@ -60,10 +62,11 @@ config:
 def demo(out: Path, sink: Sink, steps: int = 200) -> list[str]:
     """Prepare the miniature in `out`, train, compare; lines that say where everything is."""
     folder = out.resolve()
+    files.make_folder(folder)
     nano.write(folder / "miniature")
     job = folder / "job.yaml"
     prompts = "\n".join(f'          - "{prompt}"' for prompt in PROMPTS)
-    files.write_bytes(job, JOB.format(folder=folder, steps=steps, prompts=prompts))
+    files.write_bytes(job, JOB.format(folder=str(folder).replace("'", "''"), steps=steps, prompts=prompts))
     control = Control()
     control.install()
     result = run_job(load_job(job).job, control, sink, fresh=True)[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -82,6 +83,7 @@ def draw(drawing: Drawing, out: Path) -> list[Path]:
     )
     denoiser = arch.build_denoiser(source)
     loras = [_read_lora(text, arch, denoiser) for text in drawing.loras]
+    files.make_folder(out)
 
     text = arch.load_text_encoders(source, weights.Placement(dtype, device))
     conditions = [arch.encode_prompts(text, request.prompts()) for request in requests]
@@ -124,6 +126,8 @@ def _read_lora(text: str, arch: Arch, denoiser: nn.Module) -> _Added:
         path, scale = (name, float(strength)) if name else (text, 1.0)
     except ValueError:  # a colon inside the path
         path, scale = text, 1.0
+    if not math.isfinite(scale):
+        raise UserError(f"--lora {text}: the scale {scale} is not a finite number; 1 is full strength, 0 is none")
     file = weights.find_file(path, what="--lora")
     return _Added(file, export.read_lora(file, arch.spec, linear_shapes(denoiser)), scale)
 

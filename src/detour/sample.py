@@ -102,7 +102,5 @@ def save_picture(path: Path, picture: Image.Image, request: Request, spec: ArchS
     for key, value in settings.items():
         text.add_itxt(f"detour:{key}", str(value))
     text.add_itxt("parameters", json.dumps(settings, ensure_ascii=False))  # the field that picture browsers show
-    temporary = path.with_name(f".{path.name}.tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(temporary, format="PNG", pnginfo=text)
-    files.publish(temporary, path)
+    with files.new_file(path) as temporary:
+        picture.save(temporary, format="PNG", pnginfo=text)

@@ -70,7 +70,7 @@ class ModelSource:
                 f"{where}: there is no {component}, because a single file holds the denoiser alone; set "
                 f"model.extras_name_or_path to a folder or hub id that has it (for Z-Image: Tongyi-MAI/Z-Image-Turbo)"
             )
-        there = ", ".join(sorted(entry.name for entry in self.folder.glob("*"))) or "nothing"
+        there = _some(sorted(entry.name for entry in self.folder.glob("*"))) or "nothing"
         raise UserError(
             f"{where}: there is no {component}/ in {self.folder}; found: {there}. A model folder has one subfolder "
             f"for each part, as diffusers saves it; if another model has what is missing, set "

@@ -17,12 +17,18 @@ from safetensors.torch import load_file
 from detour import RefusedError, UserError, files
 from detour.train import checkpoint
 from detour.train.checkpoint import Snapshot, load, newest_valid, prune, save
-from faults import Trap, disk_full, flip, fork, names, trapped, wait
+from faults import Trap, disk_full, flip, folder_in_memory, fork, names, trapped, wait
 
 DTYPES = [
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.int64,
     torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
 ]  # fmt: skip
+
+
+@pytest.fixture
+def tmp_path(tmp_path):
+    with folder_in_memory(tmp_path) as folder:
+        yield folder
 
 
 def snapshot(step: int, *, ema: bool = True) -> Snapshot:

@@ -12,6 +12,7 @@ Shapes: O out features, I in features, K kernel positions.
 from __future__ import annotations
 
 import math
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -68,7 +69,22 @@ def write(folder: Path, *, seed: int = 0) -> None:
             tokenizer=tokenizer,
             transformer=_build_transformer(seed).to(DTYPE),
         )
-    pipeline.save_pretrained(folder)
+    with _without_bars():
+        pipeline.save_pretrained(folder)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """No progress bar of transformers' for a file that is written in a millisecond."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def write_adapter(path: Path, folder: Path, rank: int = 4, seed: int = 0, scale: float = 0.1) -> None:

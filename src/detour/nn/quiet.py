@@ -14,9 +14,11 @@ _NOISE = {
     "torchao": re.compile(r"Failed to load .*_C\w*"),
     "torch.utils._pytree": re.compile(r".*register_constant\(\) on Enum subclasses"),
     "bitsandbytes.backends.cpu.ops": re.compile(r"Failed to load CPU gemm_4bit_forward"),
+    "diffusers.models.modeling_utils": re.compile(r"There are modules in \w+ that should be kept in float32: \[\]"),
     "diffusers.quantizers.torchao.torchao_quantizer": re.compile(r"Unable to import `torchao` Tensor objects"),
 }
-"""By logger: optional kernels, a notice to torchao's own authors, and diffusers' reader of quantised checkpoints."""
+"""By logger: optional kernels, a notice to torchao's own authors, a caution of diffusers' about no module at all, and
+its reader of quantised checkpoints."""
 
 
 @contextmanager

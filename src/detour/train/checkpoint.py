@@ -120,8 +120,8 @@ def newest_valid(folder: Path, warn: Callable[[str], None]) -> Snapshot | None:
 def prune(folder: Path, keep: int, verified: Path | None = None) -> list[Path]:
     """Remove all checkpoints but the newest `keep`, and never the newest one that is whole. Returns what was removed.
 
-    `verified` is a checkpoint known to be whole, as `save` returns it: that spares reading it once more. Each is renamed
-    before it is deleted: a process killed meanwhile leaves nothing that looks like a checkpoint.
+    `verified` is a checkpoint known to be whole, as `save` returns it: that spares reading it once more. Each is
+    renamed before it is deleted: a process killed meanwhile leaves nothing that looks like a checkpoint.
     """
     if keep < 1:
         raise ValueError(f"keep is {keep}; at least one checkpoint must stay")

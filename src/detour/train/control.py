@@ -1,6 +1,7 @@
 """Requests from outside a run: Ctrl-C, SIGTERM, and files that other programs put into `<run>/requests`.
 
-A stop request lets the running step end, then saves. A second Ctrl-C stops at once.
+A stop request lets the running step end, then saves. A second Ctrl-C stops at once, as does one while a run is still
+being prepared: there is nothing to save, and what the caches hold stays.
 """
 
 from __future__ import annotations
@@ -16,13 +17,20 @@ REQUESTS = ("stop", "save", "sample")
 
 
 class Control:
-    """What has been asked of a run. `stop_reason` stays set once a stop was asked for."""
+    """What has been asked of a job. `stop_reason` stays set once a stop was asked for."""
 
     def __init__(self, folder: Path | None = None, stop_at: int | None = None) -> None:
         """`folder` is the run's; `stop_at` is a step at which to stop as if asked (rehearsals)."""
         self.folder = folder
         self.stop_at = stop_at
         self.stop_reason: str | None = None
+        self.process = 0
+        """Which process of the job is at work."""
+        self._training = False
+
+    def begin(self, process: int, folder: Path) -> None:
+        """A process of the job begins with its preparations, in which there is nothing to save."""
+        self.process, self.folder, self._training = process, folder, False
 
     def install(self) -> None:
         """Let SIGINT and SIGTERM ask for a stop. Call from the main thread."""
@@ -33,10 +41,13 @@ class Control:
         name = signal.Signals(number).name
         if self.stop_reason is not None:
             raise KeyboardInterrupt(f"second request to stop ({name})")
+        if not self._training:
+            raise KeyboardInterrupt(f"{name} before the first step")
         self.stop_reason = f"{name} received"
 
     def poll(self, step: int) -> set[str]:
         """Requests that came since the last call. Their files are removed; a stop is remembered."""
+        self._training = True
         if self.stop_at is not None and step >= self.stop_at and self.stop_reason is None:
             self.stop_reason = f"step {step} reached"
         found = self._take()

@@ -65,18 +65,23 @@ def train(run: Run, progress: Progress, control: Control) -> str:
     while True:
         requests = control.poll(progress.step)
         last = progress.step >= run.total_steps or control.stop_reason is not None
-        new = progress.step != resumed_at  # everything due at this step was done before the interruption
+        new = progress.step != resumed_at  # else the checkpoint of this very step was just taken up
+        if control.stop_reason is not None and progress.step < run.total_steps:
+            run.sink.emit(StopEvent(step=progress.step, reason=control.stop_reason))
 
         # Save: at step 0 (a full disk or a damaged write shows in the first minute), when due, when asked, at the end.
         if new and (last or progress.step == 0 or "save" in requests or run.due_save(progress.step, epochs)):
-            run.save(progress)
+            run.save(progress, required=last or progress.step == 0)
+        elif not new:
+            run.catch_up(progress)
 
         # Validate: at the same noise and times each time.
         if new and run.due_validation(progress.step):
             run.validate(progress.step)
 
         # Draw previews as the finished LoRA will be used: without the training adapter.
-        if (new and run.due_sample(progress.step, epochs)) or "sample" in requests:
+        due = run.due_sample(progress.step, epochs) and (new or not run.previews_drawn(progress.step))
+        if due or "sample" in requests:
             run.draw_previews(progress.step)
 
         if last:
@@ -106,7 +111,6 @@ def train(run: Run, progress: Progress, control: Control) -> str:
     if progress.step >= run.total_steps:
         return FINISHED
     assert control.stop_reason is not None
-    run.sink.emit(StopEvent(step=progress.step, reason=control.stop_reason))
     return control.stop_reason
 
 

@@ -5,18 +5,20 @@ from __future__ import annotations
 import hashlib
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from glob import escape
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from detour import UserError, export, sample
 from detour.events import SampleEvent, SaveEvent, ValidationEvent, WarningEvent
+from detour.files import DiskFullError
 from detour.nn import lora
 from detour.train import checkpoint, optim
 from detour.train.objective import evaluating, validation_loss
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from torch import nn
@@ -117,8 +119,15 @@ class Run:
                 stack.enter_context(self.ema.swapped())
             yield
 
-    def save(self, progress: Progress) -> None:
-        """Write a checkpoint and read it back, write the LoRA of this step, then remove the oldest of both."""
+    def save(self, progress: Progress, *, required: bool) -> None:
+        """Write a checkpoint and read it back, write the LoRA of this step, then remove the oldest of both.
+
+        A full disk ends the run only where the save is `required`: there may be room again at the next one.
+        """
+        with nullcontext() if required else self._outlives_full_disk(progress.step, "the checkpoint was not written"):
+            self._save(progress)
+
+    def _save(self, progress: Progress) -> None:
         tensors, scalars = optim.pack(self.optimizer)
         groups = {"weights": {name: p.detach() for name, p in self.trainable.items()}, "optimizer": tensors}
         if self.ema is not None:
@@ -129,18 +138,34 @@ class Run:
             "optimizer": scalars,
             "facts": self.facts,
         }
-        folder, keep = self.folder / "checkpoints", self.process.save.max_step_saves_to_keep
+        folder = self.folder / "checkpoints"
         snapshot = checkpoint.Snapshot(step=progress.step, tensors=groups, state=state, job_yaml=self.job_yaml)
         if progress.step == 0:
-            checkpoint.preflight(self.folder, checkpoint.size(snapshot), keep)
+            checkpoint.preflight(self.folder, checkpoint.size(snapshot), self.process.save.max_step_saves_to_keep)
         saved = checkpoint.save(folder, snapshot)
-        path = None
-        if 0 < progress.step < self.total_steps and self.process.network.type != "full":
-            path = self.folder / f"{self.name}-{progress.step:0{STEP_DIGITS}d}.safetensors"
-            self._export_lora(path, self.process.save.formats[0], progress)
-        self.sink.emit(SaveEvent(step=progress.step, checkpoint=str(saved), lora=str(path) if path else None))
-        checkpoint.prune(folder, keep, verified=saved)
-        numbered = sorted(self.folder.glob(f"{self.name}-{'[0-9]' * STEP_DIGITS}.safetensors"))
+        lora_file = self._lora_of_step(progress.step)
+        if lora_file is not None:
+            self._export_lora(lora_file, self.process.save.formats[0], progress)
+        self._saved(progress.step, saved, lora_file)
+
+    def catch_up(self, progress: Progress) -> None:
+        """After resuming: what a process that was killed when its checkpoint was whole had no time left to do."""
+        lora_file = self._lora_of_step(progress.step)
+        if lora_file is not None and not lora_file.exists():
+            self._export_lora(lora_file, self.process.save.formats[0], progress)
+            self._saved(progress.step, self.folder / "checkpoints" / checkpoint.folder_name(progress.step), lora_file)
+
+    def _lora_of_step(self, step: int) -> Path | None:
+        """The LoRA file of a step; none at the start, at the end (see `finish`), and in full fine-tuning."""
+        wanted = 0 < step < self.total_steps and self.process.network.type != "full"
+        return self.folder / f"{self.name}-{step:0{STEP_DIGITS}d}.safetensors" if wanted else None
+
+    def _saved(self, step: int, saved: Path, lora_file: Path | None) -> None:
+        """Tell of a checkpoint and its LoRA file; remove the oldest of both."""
+        keep = self.process.save.max_step_saves_to_keep
+        self.sink.emit(SaveEvent(step=step, checkpoint=str(saved), lora=str(lora_file) if lora_file else None))
+        checkpoint.prune(self.folder / "checkpoints", keep, verified=saved)
+        numbered = sorted(self.folder.glob(f"{escape(self.name)}-{'[0-9]' * STEP_DIGITS}.safetensors"))
         for old in numbered[:-keep]:
             old.unlink()
 
@@ -159,10 +184,9 @@ class Run:
             with self.as_deployed():
                 target, dtype = self.folder / self.name, self.process.save.dtype
                 return export.export_full(self.denoiser, target, self.arch.spec, dtype)
-        paths: list[Path] = []
-        for index, fmt in enumerate(self.process.save.formats):
-            paths.append(self.folder / (f"{self.name}.safetensors" if index == 0 else f"{self.name}.{fmt}.safetensors"))
-            self._export_lora(paths[-1], fmt, progress)
+        paths = lora_files(self.folder, self.name, self.process.save.formats)
+        for path, fmt in zip(paths, self.process.save.formats, strict=True):
+            self._export_lora(path, fmt, progress)
         newest = self.folder / "checkpoints" / checkpoint.folder_name(progress.step)
         self.sink.emit(SaveEvent(step=progress.step, checkpoint=str(newest), lora=str(paths[0])))
         return paths[0]
@@ -212,11 +236,26 @@ class Run:
         with self._vae_on_device():
             for index, (preview, latents_BCHW) in enumerate(zip(self.previews, latents, strict=True)):
                 request, picture = preview.request, sample.to_picture(arch, self.vae, latents_BCHW)
-                path = self.folder / "samples" / f"{step:0{STEP_DIGITS}d}-{index:02d}.png"
-                sample.save_picture(path, picture, request, arch.spec, facts)
-                self.sink.emit(
-                    SampleEvent(step=step, index=index, path=str(path), prompt=request.prompt, seed=request.seed)
-                )
+                path = self._preview_path(step, index)
+                with self._outlives_full_disk(step, f"preview {index} was not written"):
+                    sample.save_picture(path, picture, request, arch.spec, facts)
+                    self.sink.emit(
+                        SampleEvent(step=step, index=index, path=str(path), prompt=request.prompt, seed=request.seed)
+                    )
+
+    def previews_drawn(self, step: int) -> bool:
+        """Is every picture of this step there?"""
+        return all(self._preview_path(step, index).exists() for index in range(len(self.previews)))
+
+    def _preview_path(self, step: int, index: int) -> Path:
+        return self.folder / "samples" / f"{step:0{STEP_DIGITS}d}-{index:02d}.png"
+
+    @contextmanager
+    def _outlives_full_disk(self, step: int, what: str) -> Iterator[None]:
+        try:
+            yield
+        except DiskFullError as error:
+            self.sink.emit(WarningEvent(step=step, message=f"{what}, training goes on: {error}"))
 
     def mixed_precision(self) -> torch.autocast:
         """Compute in `train.dtype`, whatever the weights are held in."""
@@ -234,6 +273,11 @@ class Run:
             self.vae.to("cpu")
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
+
+
+def lora_files(folder: Path, name: str, formats: Sequence[Format]) -> list[Path]:
+    """Where the finished LoRA goes in each format; the first has no suffix."""
+    return [folder / f"{name}{f'.{fmt}' if index else ''}.safetensors" for index, fmt in enumerate(formats)]
 
 
 def _due(step: int, epochs: tuple[int, int], every: int | None, every_epochs: int | None) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -12,16 +13,26 @@ from filelock import FileLock, Timeout
 from detour import UserError, archs, files
 from detour.config.load import changed_options, dump_job
 from detour.events import EndEvent, JsonlSink, StartEvent, Tee, WarningEvent
+from detour.trackers import open_trackers
 from detour.train import build, checkpoint
 from detour.train.loop import FINISHED, Progress, train
+from detour.train.run import lora_files
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from detour.config.job import Job, LoggingConfig, TrainProcess
-    from detour.events import Sink
+    from detour.config.job import Job, TrainProcess
+    from detour.events import Event, Sink
     from detour.train.control import Control
     from detour.train.run import Run
+
+_NO_INFLUENCE = re.compile(
+    r"(process\[\d+\]\.)?(config\.output_\w+|(meta|sample|save|logging)\b[^:]*"
+    r"|train\.(num_workers|cache_folder|dataset_folder|unload_text_encoder|max_bad_steps|save_every_n_epochs)"
+    r"|validation\.(validate_every|times|max_images|dataset\b[^:]*)"
+    r"|datasets\[\d+\]\.(folder_path|mask_path|captions_file|bad_images)): "
+)
+"""Changes that decide nothing about the weights. Where pictures lie is one: their contents are compared by hash."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +52,20 @@ class Result:
         return self.reason == FINISHED
 
 
+class _Warnings:
+    """Keeps the warnings that come before the run's folder is touched, for its log."""
+
+    def __init__(self) -> None:
+        self.events: list[WarningEvent] = []
+
+    def emit(self, event: Event) -> None:
+        if isinstance(event, WarningEvent):
+            self.events.append(event)
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
 def run_folder(job: Job, index: int = 0) -> Path:
     """Where process `index` of a job leaves its files: `<output_folder>/<output_name>`, `..._2` for the second."""
     name = files.safe_name(job.config.output_name)
@@ -53,7 +78,7 @@ def run_job(job: Job, control: Control, sink: Sink, *, fresh: bool = False) -> l
     resolved = job.model_copy(update={"config": job.config.model_copy(update={"process": processes})})
     results: list[Result] = []
     for index, process in enumerate(processes):
-        control.folder = run_folder(job, index)
+        control.begin(index, run_folder(job, index))
         results.append(_run_process(resolved, process, run_folder(job, index), control, sink, fresh=fresh))
         if not results[-1].finished:
             break
@@ -64,23 +89,34 @@ def _run_process(
     job: Job, process: TrainProcess, folder: Path, control: Control, console: Sink, *, fresh: bool
 ) -> Result:
     name, started = files.safe_name(job.config.output_name), time.monotonic()
-    inputs = build.gather(process, console)  # every error of the inputs, before a folder is touched or a weight is read
+    found = _Warnings()
+    inputs = build.gather(process, Tee(console, found))  # every error, before a folder is touched or a weight is read
     with ExitStack() as stack:
         _claim(stack, folder)
         if fresh:
             _set_aside(folder)
-        own = Tee(JsonlSink(folder / "events.jsonl"), *_trackers(process.logging, folder, name))
+
+        def tell(message: str) -> None:
+            _warn(console, message)
+
+        own = Tee(
+            JsonlSink(folder / "events.jsonl", warn=tell), *open_trackers(process.logging, folder, name, warn=tell)
+        )
         stack.callback(own.close)
         sink = Tee(console, own)
+        for warning in found.events:
+            own.emit(warning)
         control.discard_old()
         text = dump_job(job)
         files.write_bytes(folder / "job.yaml", text)
-        files.remove_stale(folder)
-        snapshot = checkpoint.newest_valid(folder / "checkpoints", lambda message: _warn(sink, message))
-        if snapshot is not None and (done := _finished(snapshot, text, folder, name)) is not None:
+        for place in (folder, folder / "samples"):
+            files.remove_stale(place)
+        snapshot = _newest(folder / "checkpoints", sink)
+        loras = lora_files(folder, name, process.save.formats)
+        if snapshot is not None and _finished(snapshot, text, loras):
             _warn(sink, "this run is finished; raise train.steps (or epochs) to go on, or start over with --fresh")
             sink.emit(EndEvent(step=snapshot.step, reason=FINISHED, seconds=time.monotonic() - started))
-            return done
+            return Result(folder, FINISHED, snapshot.step, loras[0])
         run = build.build(inputs, folder, name, text, sink)
         progress = _resume(run, snapshot) if snapshot is not None else Progress()
         run.start(progress)
@@ -124,30 +160,27 @@ def _set_aside(folder: Path) -> None:
         path.rename(target / path.name)
 
 
-def _trackers(logging: LoggingConfig, folder: Path, name: str) -> list[Sink]:
-    from detour import trackers
-
-    run_name = logging.run_name or name
-    chosen: list[Sink] = []
-    if logging.tensorboard:
-        chosen.append(trackers.TensorBoardSink(folder / "tensorboard"))
-    if logging.trackio:
-        chosen.append(trackers.TrackioSink(logging.project_name, run_name, folder / "trackio"))
-    if logging.wandb:
-        chosen.append(trackers.WandbSink(logging.project_name, run_name, folder))
-    return chosen
-
-
-def _finished(snapshot: checkpoint.Snapshot, text: str, folder: Path, name: str) -> Result | None:
-    """The result of a run that had come to its end with this very job file: nothing is left to do."""
-    lora = folder / f"{name}.safetensors"
+def _finished(snapshot: checkpoint.Snapshot, text: str, loras: list[Path]) -> bool:
+    """Has a run come to its end with this very job file, down to its last LoRA file? Then nothing is left to do."""
     ended = snapshot.step == snapshot.state["total_steps"] and snapshot.job_yaml == text
-    return Result(folder, FINISHED, snapshot.step, lora) if ended and lora.is_file() else None
+    return ended and all(path.is_file() for path in loras)
+
+
+def _newest(folder: Path, sink: Sink) -> checkpoint.Snapshot | None:
+    """The newest checkpoint that is whole; None before the first. Starting over would be a loss to decide on."""
+    snapshot = checkpoint.newest_valid(folder, lambda message: _warn(sink, message))
+    if snapshot is None and any(folder.glob("step-*")):
+        raise UserError(
+            f"{folder}: every checkpoint is damaged; restore one from a copy, or start over with --fresh, which moves "
+            f"what is there aside"
+        )
+    return snapshot
 
 
 def _resume(run: Run, snapshot: checkpoint.Snapshot) -> Progress:
     """Put a checkpoint into the run; say what has changed since it was written."""
-    changes = changed_options(snapshot.job_yaml, run.job_yaml)
+    options = changed_options(snapshot.job_yaml, run.job_yaml)
+    changes = [change for change in options if not _NO_INFLUENCE.match(change)]
     changes += checkpoint.changes(snapshot.state["facts"], run.facts)
     if changes:
         message = "something has changed since the checkpoint: the run goes on, but not bit for bit as it would have"
