@@ -31,7 +31,8 @@ types: $(VENV)/.installed
 check: lint types test slow     ## what CI runs
 
 docs: $(VENV)/.installed        ## write the generated pages again
-	$(BIN)/python -m detour.config.reference
+	$(BIN)/python -m detour.config.reference > docs/options.md
+	$(BIN)/python -m detour.config.reference schema > docs/job.schema.json
 
 bench: $(VENV)/.installed       ## the tables of docs/benchmarks.md
 	$(BIN)/python benchmarks/startup.py

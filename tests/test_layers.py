@@ -6,12 +6,13 @@ from pathlib import Path
 SOURCE = Path(__file__).parents[1] / "src"
 PACKAGE = SOURCE / "detour"
 
-# The first prefix that fits decides. A module may import modules of its own layer or below, except where `ONLY` says less.
+# The first prefix that fits decides. A module may import its own layer and those below, unless `ONLY` says less.
 LAYERS = (
     ("detour.cli", 6), ("detour.__main__", 6), ("detour.console", 6),
     ("detour.web", 5), ("detour.jobs", 4),
     ("detour.train", 3), ("detour.adapter", 3), ("detour.plan", 3), ("detour.checking", 3), ("detour.demo", 6),
-    ("detour.data", 2), ("detour.sample", 2), ("detour.draw", 2), ("detour.export", 2), ("detour.lora_formats", 2), ("detour.nano", 2),
+    ("detour.data", 2), ("detour.sample", 2), ("detour.draw", 2), ("detour.export", 2),
+    ("detour.lora_formats", 2), ("detour.nano", 2),
     ("detour.archs", 1),
     ("detour.events", 0), ("detour.files", 0), ("detour.seeds", 0), ("detour.weights", 0), ("detour.trackers", 0),
     ("detour.config", 0), ("detour.nn", 0), ("detour", 0),
@@ -21,8 +22,10 @@ ONLY = {
     "detour.web": ("detour.config", "detour.events", "detour.files", "detour.jobs", "detour.archs", "detour.web"),
 }
 TORCH_FREE = (
-    "detour", "detour.cli", "detour.console", "detour.events", "detour.files", "detour.seeds", "detour.trackers", "detour.config", "detour.archs",
-    "detour.data.images", "detour.data.caption_files", "detour.data.scan", "detour.data.buckets", "detour.data.captions", "detour.data.order", "detour.jobs", "detour.web",
+    "detour", "detour.cli", "detour.console", "detour.events", "detour.files", "detour.seeds", "detour.trackers",
+    "detour.config", "detour.archs", "detour.nn.quiet", "detour.checking",
+    "detour.data.images", "detour.data.caption_files", "detour.data.scan", "detour.data.buckets",
+    "detour.data.captions", "detour.data.order", "detour.jobs", "detour.web",
 )  # fmt: skip
 EXTERNAL_ONLY_IN_FUNCTIONS = ("diffusers", "transformers")
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from detour.config.job import DatasetConfig
     from detour.config.load import Loaded
 
+_PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 _LISTED = 5  # names shown in a warning; the rest is counted
 # An option at the beginning of a line of an error: `model.dtype: ...`, `train.lr must ...`, `datasets[0]: upscale: ...`
 _NAME = r"[a-z_]+(?:\[\d+\])?"
@@ -132,33 +133,33 @@ def _sizes(process: TrainProcess, facts: ArchSpec) -> Iterator[UserError]:
 
 
 def _paths(process: TrainProcess) -> Iterator[UserError]:
-    """Paths that are not there and cannot be hub names. What is on the hub is found when the job runs."""
+    """Paths that are pickles, or not there and no names on the hub. What is on the hub is found when the job runs."""
     model = process.model
-    models = (("model.name_or_path", model.name_or_path), ("model.extras_name_or_path", model.extras_name_or_path))
-    for option, path in models:
-        if path is not None and not _on_hub(path, parts=2) and not Path(path).expanduser().exists():
-            yield UserError(
-                f"{option}: there is no {path}; give a folder in the diffusers layout, a .safetensors file, or a hub "
-                f"id such as Tongyi-MAI/Z-Image-Turbo"
-            )
-    files = (
-        ("model.assistant_lora_path", model.assistant_lora_path),
-        ("network.pretrained_lora_path", process.network.pretrained_lora_path),
+    advice = {
+        1: "give a folder in the diffusers layout, a .safetensors file, or a hub id such as Tongyi-MAI/Z-Image-Turbo",
+        2: "give a local .safetensors file or user/repo/file.safetensors on the hub",
+    }
+    named = (
+        ("model.name_or_path", model.name_or_path, 1),
+        ("model.extras_name_or_path", model.extras_name_or_path, 1),
+        ("model.assistant_lora_path", model.assistant_lora_path, 2),
+        ("network.pretrained_lora_path", process.network.pretrained_lora_path, 2),
     )
-    for option, path in files:
-        if path is not None and not _on_hub(path, parts=3) and not Path(path).expanduser().is_file():
-            yield UserError(
-                f"{option}: there is no file {path}; give a local .safetensors file or user/repo/file.safetensors on "
-                f"the hub"
-            )
+    for option, name, slashes in named:
+        if name is None:
+            continue
+        path = Path(name).expanduser()
+        if path.suffix in _PICKLES:
+            yield UserError(f"{option}: {name} is a pickle, which runs code when opened; take a .safetensors file")
+        elif not (path.is_file() or (slashes == 1 and path.is_dir()) or _on_hub(name, slashes)):
+            yield UserError(f"{option}: there is no {name}; {advice[slashes]}")
 
 
-def _on_hub(path: str, parts: int) -> bool:
-    """Can a path that is not on this machine be a name on the hub: `user/repo`, or `user/repo/file.safetensors`?"""
-    if path.startswith(("/", ".", "~")) or path.endswith("/"):
+def _on_hub(name: str, slashes: int) -> bool:
+    """Can it be a name on the hub: `user/repo` with one slash, `user/repo/file.safetensors` with two or more?"""
+    if name.startswith(("/", ".", "~")) or name.endswith("/"):
         return False
-    count = path.count("/") + 1
-    return count == parts if parts == 2 and not path.endswith(".safetensors") else count >= 3
+    return name.count("/") == slashes or (name.count("/") > 1 and name.endswith(".safetensors"))
 
 
 def _some(names: tuple[str, ...]) -> str:

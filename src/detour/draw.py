@@ -73,7 +73,7 @@ def draw(drawing: Drawing, out: Path) -> list[Path]:
         for prompt in drawing.prompts
     ]
     for request in requests:
-        sample.check_size(arch.spec, request)
+        sample.check_request(arch.spec, request)
     device, dtype = pick_device(drawing.device), DTYPES[drawing.dtype]
     source = weights.find_model(
         drawing.model,

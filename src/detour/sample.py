@@ -45,11 +45,13 @@ class Request:
         return [self.prompt, self.negative] if self.guidance > 1 else [self.prompt]
 
 
-def check_size(spec: ArchSpec, request: Request) -> None:
-    """Refuse a size that the model's patches do not divide."""
+def check_request(spec: ArchSpec, request: Request) -> None:
+    """Refuse a size that the model's patches do not divide, and a seed that no generator takes."""
     problem = spec.size_problem(request.width, request.height)
     if problem is not None:
         raise UserError(f"a picture of {problem}")
+    if not 0 <= request.seed < 2**63:
+        raise UserError(f"the seed {request.seed} of a picture is not a whole number from 0 to 2^63 - 1")
 
 
 def initial_noise(spec: ArchSpec, request: Request) -> Tensor:

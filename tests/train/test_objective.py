@@ -309,7 +309,6 @@ def test_the_callers_batch_is_not_changed():
     assert all(torch.equal(x, y) for x, y in zip(before, (b.latents_BCHW, b.weights_B, b.masks_B1HW), strict=True))
 
 
-
 # --- validation -----------------------------------------------------------------------------------------------------
 
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from detour.archs.base import Arch
+    from detour.archs.base import Arch, ArchSpec
     from detour.config.job import DatasetConfig, QType, TrainProcess
     from detour.data.loader import Batch
     from detour.data.order import Order
@@ -84,7 +84,7 @@ def gather(process: TrainProcess, sink: Sink) -> Inputs:
     requests = _requests(process, found)
     with _about("sample"):
         for request in requests:
-            sample.check_size(spec, request)
+            sample.check_request(spec, request)
 
     model = process.model
     assert model.name_or_path is not None  # resolved
@@ -96,6 +96,7 @@ def gather(process: TrainProcess, sink: Sink) -> Inputs:
             extras=model.extras_name_or_path,
             revision=model.revision,
         )
+        _check_weights(source, spec)
         denoiser = arch.build_denoiser(source)
     return Inputs(
         process=process,
@@ -258,6 +259,16 @@ def _requests(process: TrainProcess, found: Scan) -> list[sample.Request]:
         )
         for index, prompt in enumerate(prompts)
     ]
+
+
+def _check_weights(source: weights.ModelSource, spec: ArchSpec) -> None:
+    """Read the headers of all weight files: a download that is cut off must not show after an hour of caching."""
+    if source.single_file is not None:
+        weights.tensor_shapes([source.single_file])
+    folders = [folder for part in spec.components if (folder := source.find(part)) is not None]
+    for folder in folders:
+        if (folder / "config.json").is_file():  # tokenizers and schedulers have none, and no weights
+            weights.tensor_shapes(weights.component_files(folder))
 
 
 def _adapter(process: TrainProcess, arch: Arch, denoiser: nn.Module) -> TrainingAdapter | None:

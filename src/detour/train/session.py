@@ -169,7 +169,7 @@ def _finished(snapshot: checkpoint.Snapshot, text: str, loras: list[Path]) -> bo
 def _newest(folder: Path, sink: Sink) -> checkpoint.Snapshot | None:
     """The newest checkpoint that is whole; None before the first. Starting over would be a loss to decide on."""
     snapshot = checkpoint.newest_valid(folder, lambda message: _warn(sink, message))
-    if snapshot is None and any(folder.glob("step-*")):
+    if snapshot is None and any(".tmp-" not in path.name for path in folder.glob("step-*")):  # those were never whole
         raise UserError(
             f"{folder}: every checkpoint is damaged; restore one from a copy, or start over with --fresh, which moves "
             f"what is there aside"
