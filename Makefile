@@ -16,10 +16,10 @@ demo: $(VENV)/.installed        ## train a LoRA with a training adapter on the e
 	$(BIN)/detour demo --out demo
 
 test: $(VENV)/.installed        ## the default tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 slow: $(VENV)/.installed        ## kills, damage, every optimizer, photographs
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
