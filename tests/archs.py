@@ -36,7 +36,7 @@ class _ZImageTruth(nn.Module):
     def __init__(self, clean_BCHW: Tensor, noise_BCHW: Tensor) -> None:
         super().__init__()
         self.field_BCHW = clean_BCHW - noise_BCHW
-        self.x_pad_token = clean_BCHW  # its type is the model's
+        self.dtype = clean_BCHW.dtype
         self.times: list[float] = []
 
     def forward(self, pictures: list[Tensor], t_B: Tensor, captions: list[Tensor], return_dict: bool) -> Any:

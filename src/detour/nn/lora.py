@@ -1,8 +1,9 @@
 """The trained part of the denoiser: LoRA, DoRA, LoKr and LoHa on PEFT's layers, or the whole model (`full`).
 
-PEFT builds the layers and computes their products; everything that must be repeatable is done here. PEFT creates its
-parameters in the type of the base and draws them from the global generator; here they are float32 whatever the base
-is held in, and every tensor's first value is a pure function of (seed, its own name).
+PEFT builds the layers and computes their products (`lowrank.py` those of a plain LoRA); everything that must be
+repeatable is done here. PEFT creates its parameters in the type of the base and draws them from the global generator;
+here they are float32 whatever the base is held in, and every tensor's first value is a pure function of (seed, its own
+name).
 
 Names are those of PEFT's files without prefix: `layers.0.attention.to_q.lora_A.weight`, `...lora_magnitude_vector`.
 Products, with s = alpha / rank:
@@ -27,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from detour import UserError
+from detour.nn.lowrank import use_low_rank
 from detour.nn.quant import qtype_of
 from detour.nn.quiet import quiet_imports
 from detour.nn.rng import generator
@@ -142,6 +144,8 @@ def attach(denoiser: nn.Module, names: Sequence[str], network: NetworkConfig, se
             parameter.data = _first_value(name, parameter, seed).to(parameter.device)
     if network.type == "dora":
         _measure_magnitudes(layers)
+    if network.type == "lora":
+        use_low_rank(layers, ADAPTER)
     train_mode(denoiser, denoiser.training)  # new layers come in train mode: dropout would act in an eval-mode model
 
 

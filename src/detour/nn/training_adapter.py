@@ -22,12 +22,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detour import UserError
 from detour.files import sha256_file
 from detour.nn.adapter_file import Keys, Pair, read_adapter
+from detour.nn.lowrank import add_low_rank
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -104,9 +104,10 @@ class _Branch:
         if (self.A.device, self.A.dtype) != (device, dtype):
             self.A, self.B = self.pair.A.to(device, dtype), self._scaled(dtype).to(device)
 
-    def __call__(self, x: Tensor, like: Tensor) -> Tensor:
-        self.to(like.device, like.dtype)
-        return F.linear(F.linear(x.to(like.dtype), self.A), self.B)
+    def add_to(self, y: Tensor, x: Tensor, sign: float) -> Tensor:
+        """`y + sign D x`, in the type of y, which may be overwritten."""
+        self.to(y.device, y.dtype)
+        return add_low_rank(y, x.to(y.dtype), self.A, self.B, sign)
 
 
 class TrainingAdapter:
@@ -198,8 +199,7 @@ class TrainingAdapter:
         def add(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
             if self.active == (self.mode == "merged"):
                 return None  # the output as it is: W x for factored, (W + D) x for merged
-            delta = branch(args[0], output)
-            return output + delta if self.mode == "factored" else output - delta
+            return branch.add_to(output, args[0], 1.0 if self.mode == "factored" else -1.0)
 
         return layer.register_forward_hook(add)
 

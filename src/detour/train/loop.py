@@ -122,7 +122,7 @@ def train_step(run: Run, progress: Progress) -> Outcome:
     names: list[str] = []
     for micro in range(settings.gradient_accumulation):
         batch, position = next(run.batches)
-        if run.process.network.dropout:  # the one draw from torch's own generator; seeding it costs 0.5 ms
+        if run.process.network.dropout:  # the one draw from torch's own generator; seeding it is not free
             torch.manual_seed(seed_for(settings.seed, "dropout", progress.step, micro))
         with run.mixed_precision():
             out = flow_loss(run.arch, run.denoiser, batch.to(run.device), settings, settings.seed, progress.step, micro)
