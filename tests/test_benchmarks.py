@@ -1,0 +1,78 @@
+"""Every benchmark program runs in its smallest setting, writes its figures, and fills its place in the page.
+
+No figure is judged here but one: that the plain script and Detour train the same.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "benchmarks.md"
+
+
+def run(program: str, folder: Path, *arguments: str) -> tuple[dict, str, str]:
+    """The JSON, the text and the page of a program."""
+    page, out = folder / "page.md", folder / "figures" / "out.json"
+    page.write_text(PAGE.read_text(encoding="utf-8"), encoding="utf-8")
+    command = [sys.executable, str(ROOT / "benchmarks" / program), *arguments, "--out", str(out), "--docs", str(page)]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=folder, timeout=300, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(out.read_text(encoding="utf-8")), done.stdout, page.read_text(encoding="utf-8")
+
+
+def test_each_program_is_run_by_a_test_and_named_in_the_page():
+    programs = {path.name for path in (ROOT / "benchmarks").glob("*.py")} - {"common.py", "plain.py"}
+    assert programs == {"startup.py", "step.py"}
+    page = PAGE.read_text(encoding="utf-8")
+    assert all(f"benchmarks/{program}" in page for program in programs)
+
+
+def test_startup(tmp_path):
+    result, text, page = run("startup.py", tmp_path, "--runs", "1")
+    assert [row["bar_s"] for row in result["commands"]] == [0.3, 0.8]
+    assert all(len(row["wall_s"]) == len(row["cpu_s"]) == 1 for row in result["commands"])
+    assert result["machine"]["cores"] >= 1
+    for row in result["commands"]:
+        assert row["command"] in text and row["command"] in page
+
+
+def test_step(tmp_path):
+    options = ("--size", "miniature", "--rounds", "1", "--warmup", "1", "--threads", "1")
+    result, text, page = run("step.py", tmp_path, *options)
+    by_type = {row["dtype"]: row for row in result["plain"]}
+    assert set(by_type) == {"fp32", "bf16"}
+    assert by_type["fp32"]["loss_difference"] <= 1e-6
+    for row in result["plain"]:
+        for figures in row["contenders"].values():
+            assert 0 < figures["model_median_s"] < figures["median_s"]
+            assert len(figures["losses"]) == len(figures["seconds"]) == 4
+    ours, theirs = (by_type["fp32"]["contenders"][name]["losses"] for name in ("detour", "script"))
+    assert len(set(ours)) == 4, "the loss of every step is read"
+    assert ours == pytest.approx(theirs, rel=1e-6)
+
+    held = {name: row["denoiser_bytes"] for name, row in result["options"]["rows"].items()}
+    assert held["base in nf4"] < held["base in int8"] < held["LoRA alone"]
+    assert "training adapter, factored" in text and "training adapter, merged" in page
+    assert text.rstrip().endswith((": met", ": MISSED"))
+
+
+def test_tables_are_replaced_and_nothing_around_them(tmp_path):
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        from common import write_docs
+    finally:
+        sys.path.pop(0)
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- step -->\nold\n<!-- end of step -->\nafter\n", encoding="utf-8")
+    write_docs(page, "step", "new\n\n")
+    assert page.read_text(encoding="utf-8") == "before\n<!-- step -->\nnew\n<!-- end of step -->\nafter\n"
