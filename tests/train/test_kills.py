@@ -25,7 +25,7 @@ from faults import leftovers
 from miniature import NAME, World, child_run, files_of, job_file, run, start, state_of
 
 pytestmark = pytest.mark.slow
-KILLS = 60  # in each of three tests
+KILLS = 45  # in each of three tests
 STEPS = 30
 
 
