@@ -10,6 +10,7 @@ ratios round by round. Saving checkpoints and drawing previews are left out.
 from __future__ import annotations
 
 import argparse
+import math
 import tempfile
 import time
 from dataclasses import asdict
@@ -156,6 +157,10 @@ class Theirs:
         lora.load_state(self._script.transformer, lora.state(ours.run.denoiser))
         self._inside = Inside(self._script.transformer)
 
+    def trained(self) -> dict[str, Tensor]:
+        """The trained tensors by the names that Detour gives them."""
+        return lora.state(self._script.transformer)
+
     def step(self) -> Timing:
         """One step."""
         started = Clock.now()
@@ -167,8 +172,9 @@ def against_plain(folder: Path, size: Size, dtype: str, rounds: int, warmup: int
     """Our step and the plain script's, same model, data, seed, noise and times."""
     steps = rounds + warmup
     ours = Ours(folder, size, train={"dtype": dtype})
-    contenders: dict[str, Callable[[], Timing]] = {"detour": ours.step}
-    contenders["script"] = Theirs(ours, folder, size, "fp32", steps).step
+    theirs = Theirs(ours, folder, size, "fp32", steps)
+    first = {name: tensor.clone() for name, tensor in theirs.trained().items()}
+    contenders: dict[str, Callable[[], Timing]] = {"detour": ours.step, "script": theirs.step}
     if dtype == "bf16":
         contenders["script, LoRA in bf16"] = Theirs(ours, folder, size, "bf16", steps).step
     taken = in_turn(contenders, rounds, warmup)
@@ -179,7 +185,13 @@ def against_plain(folder: Path, size: Size, dtype: str, rounds: int, warmup: int
         "contenders": {name: summary(timings) for name, timings in taken.items()},
         "ratios": {name: ratio(taken["detour"], taken[name]) for name in list(taken)[1:]},
         "loss_difference": max(abs(a - b) / abs(b) for a, b in pairs),
+        "lora_difference": _distance(lora.state(ours.run.denoiser), theirs.trained())
+        / _distance(first, theirs.trained()),
     }
+
+
+def _distance(some: dict[str, Tensor], others: dict[str, Tensor]) -> float:
+    return math.sqrt(sum(float((some[name] - others[name]).square().sum()) for name in others))
 
 
 VARIATIONS: dict[str, dict[str, dict[str, object]]] = {
@@ -237,9 +249,20 @@ def _comparison_table(results: list[dict]) -> str:
                     f"{_seconds(figures['outside_median_s'])} ({figures['outside_share']:.2%})",
                     "" if ours else f"{1 / result['ratios'][name]:.3f}",
                     f"{result['loss_difference']:.1e}" if name == "script" else "",
+                    f"{result['lora_difference']:.1e}" if name == "script" else "",
                 ]
             )
-    head = ["model", "program", "step", "fastest", "inside the model", "outside", "x ours", "loss differs by"]
+    head = [
+        "model",
+        "program",
+        "step",
+        "fastest",
+        "inside the model",
+        "outside",
+        "x ours",
+        "losses differ",
+        "LoRA differs",
+    ]
     return table(head, rows)
 
 

@@ -52,6 +52,7 @@ def test_step(tmp_path):
     by_type = {row["dtype"]: row for row in result["plain"]}
     assert set(by_type) == {"fp32", "bf16"}
     assert by_type["fp32"]["loss_difference"] <= 1e-6
+    assert by_type["fp32"]["lora_difference"] <= 1e-4  # of the way that it was trained
     for row in result["plain"]:
         for figures in row["contenders"].values():
             assert 0 < figures["model_median_s"] < figures["median_s"]
