@@ -168,14 +168,14 @@ def traced() -> Iterator[list[Seen]]:
 
     found: list[Seen] = []
     noises: list[str] = []
-    flow_loss, noise_like = loop.flow_loss, objective.noise_like
+    training_loss, noise_like = loop.training_loss, objective.noise_like
 
     def noise(*args: Any) -> torch.Tensor:
         noises.append(digest(drawn := noise_like(*args)))
         return drawn
 
-    def loss(arch: Any, denoiser: Any, batch: Any, config: Any, seed: int, step: int, micro: int) -> Any:
-        out = flow_loss(arch, denoiser, batch, config, seed, step, micro)
+    def loss(task: Any, denoiser: Any, batch: Any, config: Any, seed: int, step: int, micro: int) -> Any:
+        out = training_loss(task, denoiser, batch, config, seed, step, micro)
         found.append(
             Seen(
                 step=step,
@@ -191,7 +191,7 @@ def traced() -> Iterator[list[Seen]]:
         return out
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "flow_loss", loss)
+        patch.setattr(loop, "training_loss", loss)
         patch.setattr(objective, "noise_like", noise)
         yield found
 

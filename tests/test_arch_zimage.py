@@ -11,11 +11,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from detour import UserError
-from detour.archs.zimage import ARCH, SPEC, original_keys
+from detour.archs.zimage import ARCHS, SPEC, original_keys
 from detour.nano import zimage as nano
 from detour.weights import ModelSource, Placement, find_model, materialise
 
 CPU = torch.device("cpu")
+ARCH = ARCHS["zimage"]
 LONG = "a red circle on a blue background " * 120
 PROMPTS = ["a red circle on a blue background", "", "zig", LONG, "ein Käfer 虫 🐞\n<|im_end|>"]
 
@@ -194,11 +195,12 @@ def test_every_linear_layer_of_the_text_encoder_goes_through_the_quantiser(sourc
         return linear
 
     text = ARCH.load_text_encoders(source, Placement(torch.bfloat16, CPU, quantizer=quantizer))
-    assert sorted(seen) == sorted(name for name, m in text.model.named_modules() if isinstance(m, nn.Linear))
+    model = text.models["text_encoder"]
+    assert sorted(seen) == sorted(name for name, m in model.named_modules() if isinstance(m, nn.Linear))
     assert len(seen) == 3 * 7
     assert text.to(CPU) is text
-    assert not text.model.training
-    assert not any(tensor.is_meta for tensor in [*text.model.parameters(), *text.model.buffers()])
+    assert not model.training
+    assert not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
 
 
 # --- prediction --------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from torch import nn
 
 from archs import ROWS, Row
 from detour import UserError, archs
+from detour.archs.base import Framing
 from detour.config.job import ModelArch
 from detour.sample import Request, denoise, initial_noise, to_picture
 from detour.weights import ModelSource, Placement, find_model, materialise
@@ -40,6 +41,7 @@ class Loaded:
 
     def load(self, placement: Placement) -> nn.Module:
         denoiser = self.arch.build_denoiser(self.source)
+        assert all(parameter.is_meta for parameter in denoiser.parameters())
         materialise(denoiser, self.arch.denoiser_tensors(self.source), placement, where="miniature")
         return denoiser
 
@@ -79,7 +81,8 @@ def test_spec_is_complete(row: Row) -> None:
     for prefix in (spec.lora_keys.comfy_prefix, spec.lora_keys.diffusers_prefix, spec.lora_keys.kohya_prefix):
         assert prefix.endswith((".", "_"))
     for variant in spec.variants.values():
-        assert re.fullmatch(r"[\w.-]+/[\w.-]+", variant.repo)
+        assert re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w./-]+\.safetensors)?", variant.repo)
+        assert variant.extras_repo or not variant.repo.endswith(".safetensors"), "a single file lacks the other parts"
         assert variant.steps >= 1 and variant.guidance >= 1
         assert variant.timestep_type in spec.timestep_types
         assert variant.adapter is None or re.fullmatch(r"[\w.-]+/[\w.-]+/[\w./-]+\.safetensors", variant.adapter)
@@ -111,10 +114,11 @@ def test_lora_patterns_name_the_expected_layers(row: Row, loaded: Loaded) -> Non
 
 
 @rows
-def test_lora_patterns_at_full_size(row: Row) -> None:
+def test_published_size_and_lora_patterns_there(row: Row) -> None:
     spec = archs.spec(row.name)
     with torch.device("meta"):
         full = row.full_size()
+    assert sum(parameter.numel() for parameter in full.parameters()) == row.full_parameters
     assert len(linears(full, spec.lora_blocks)) == row.full_lora_blocks
     assert set(linears(full, spec.lora_all)) == set(linears(full, ".*"))
 
@@ -125,6 +129,7 @@ def test_weights_equal_the_pipelines_and_are_frozen(loaded: Loaded) -> None:
     ours = loaded.denoiser.state_dict()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert not any(buffer.is_meta for buffer in loaded.denoiser.buffers())
     vae = loaded.pipeline.vae.state_dict()
     assert all(torch.equal(tensor, vae[name]) for name, tensor in loaded.vae.state_dict().items())
     for module in (loaded.denoiser, loaded.vae):
@@ -133,28 +138,22 @@ def test_weights_equal_the_pipelines_and_are_frozen(loaded: Loaded) -> None:
 
 
 @rows
-@pytest.mark.parametrize(("guidance", "size"), [(1.0, (64, 64)), (3.5, (96, 64))])
-def test_draws_what_the_pipeline_draws(loaded: Loaded, guidance: float, size: tuple[int, int]) -> None:
+@pytest.mark.parametrize("size", [(64, 64), (96, 64)])
+def test_draws_what_the_pipeline_draws(row: Row, loaded: Loaded, size: tuple[int, int]) -> None:
     """Prompt, noise, grid, convention of time and sign, guidance and decoding at once, bit for bit."""
     spec = loaded.arch.spec
+    guidance = row.guidances[size != (64, 64)]
     request = Request(
         prompt=PROMPTS[0], negative="a cat", seed=7, width=size[0], height=size[1], steps=4, guidance=guidance
     )
-    theirs = loaded.pipeline(
-        prompt=request.prompt,
-        negative_prompt=request.negative if guidance > 1 else None,
-        width=request.width,
-        height=request.height,
-        num_inference_steps=request.steps,
-        guidance_scale=spec.diffusers_guidance(guidance),
-        generator=torch.Generator("cpu").manual_seed(request.seed),
-        output_type="latent",
-    ).images
+    theirs = row.draw(loaded.pipeline, request, spec)
     scheduler = loaded.arch.load_scheduler(loaded.source)
-    conditions = loaded.arch.encode_prompts(loaded.text, request.prompts())
+    conditions = loaded.arch.encode_prompts(loaded.text, request.prompts(spec))
     ours = denoise(loaded.arch, loaded.denoiser, scheduler, initial_noise(spec, request), request, conditions)
     assert ours.dtype == torch.float32
-    assert torch.equal(ours, theirs), (ours - theirs).abs().max()
+    assert ours.shape == theirs.shape
+    off = ((ours - theirs).abs().max() / theirs.abs().max()).item()
+    assert off <= row.tolerance, off
     assert ours.std() > 0.1
     picture = to_picture(loaded.arch, loaded.vae, ours)
     assert picture.size == size
@@ -165,13 +164,16 @@ def test_the_true_field_leads_back_to_the_clean_picture(row: Row, loaded: Loaded
     spec = loaded.arch.spec
     request = Request(prompt="", seed=3, width=64, height=96, steps=5)
     noise = initial_noise(spec, request)
+    assert noise.shape == (1, *spec.latent_shape(64, 96))
     clean = torch.randn(noise.shape, generator=torch.Generator().manual_seed(4))
     truth = row.native_truth(clean, noise)
     scheduler = loaded.arch.load_scheduler(loaded.source)
     ours = denoise(loaded.arch, truth, scheduler, noise, request, loaded.conditions[:1])
-    torch.testing.assert_close(ours, clean, atol=1e-5, rtol=1e-5)
-    field = loaded.arch.predict(truth, noise, torch.ones(1), loaded.conditions[:1])
-    torch.testing.assert_close(field, noise - clean if spec.objective == "flow" else noise)
+    torch.testing.assert_close(ours, clean, atol=row.recovers, rtol=row.recovers)
+    if spec.objective == "flow":
+        told = loaded.conditions[0] | loaded.arch.picture_condition(Framing.whole(64, 96), 1.0)
+        field = loaded.arch.predict(truth, noise, torch.ones(1), [told])
+        torch.testing.assert_close(field, noise - clean)
 
 
 @rows
@@ -179,7 +181,7 @@ def test_pictures_to_latents_and_back(loaded: Loaded) -> None:
     spec = loaded.arch.spec
     pixels = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(0)) * 2 - 1
     latents = loaded.arch.encode_images(loaded.vae, pixels)
-    assert latents.shape == (2, spec.latent_channels, 64 // spec.spatial_factor, 96 // spec.spatial_factor)
+    assert latents.shape == (2, *spec.latent_shape(96, 64))
     assert latents.dtype == torch.float32 and not latents.requires_grad
     assert torch.equal(latents, loaded.arch.encode_images(loaded.vae, pixels)), "the mean of the posterior has no noise"
     decoded = loaded.arch.decode(loaded.vae, latents)
@@ -205,14 +207,17 @@ def test_prompts_are_left_alone_and_do_not_depend_on_each_other(loaded: Loaded) 
 def test_prediction_is_float32_and_lets_gradients_through(loaded: Loaded) -> None:
     spec = loaded.arch.spec
     denoiser = loaded.load(Placement(torch.bfloat16, CPU))
-    latents = torch.randn(2, spec.latent_channels, 8, 8, generator=torch.Generator().manual_seed(1), requires_grad=True)
-    field = loaded.arch.predict(denoiser, latents, torch.tensor([0.2, 0.9]), [loaded.conditions[0]] * 2)
+    shape = (2, *spec.latent_shape(64, 64))
+    latents = torch.randn(shape, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    told = loaded.arch.picture_condition(Framing.whole(64, 64), None)
+    one, two = (loaded.conditions[index] | told for index in (0, 2))
+    field = loaded.arch.predict(denoiser, latents, torch.tensor([0.2, 0.9]), [one] * 2)
     assert field.shape == latents.shape and field.dtype == torch.float32
     field.square().mean().backward()
     assert latents.grad is not None and latents.grad.abs().sum() > 0
-    early = loaded.arch.predict(denoiser, latents, torch.tensor([0.9, 0.9]), [loaded.conditions[0]] * 2)
+    early = loaded.arch.predict(denoiser, latents, torch.tensor([0.9, 0.9]), [one] * 2)
     assert not torch.equal(early[0], field[0]), "time has no effect"
-    other = loaded.arch.predict(denoiser, latents, torch.tensor([0.2, 0.9]), [loaded.conditions[2]] * 2)
+    other = loaded.arch.predict(denoiser, latents, torch.tensor([0.2, 0.9]), [two] * 2)
     assert not torch.equal(other, field), "the prompt has no effect"
 
 

@@ -86,13 +86,18 @@ def draw(drawing: Drawing, out: Path) -> list[Path]:
     files.make_folder(out)
 
     text = arch.load_text_encoders(source, weights.Placement(dtype, device))
-    conditions = [arch.encode_prompts(text, request.prompts()) for request in requests]
+    conditions = [arch.encode_prompts(text, request.prompts(arch.spec)) for request in requests]
     del text
-    placement = weights.Placement(dtype, device, patch=lambda name, tensor: _with_loras(name, tensor, loras))
+    placement = weights.Placement(
+        dtype,
+        device,
+        patch=lambda name, tensor: _with_loras(name, tensor, loras),
+        keep_float32=arch.spec.keep_float32,
+    )
     weights.materialise(denoiser, arch.denoiser_tensors(source), placement, where=source.name)
     for added in loras:
         _attach_branches(added, denoiser, dtype)
-    scheduler, vae = arch.load_scheduler(source), arch.load_vae(source, dtype, device)
+    scheduler, vae = arch.load_scheduler(source, variant.scheduler), arch.load_vae(source, dtype, device)
 
     facts = {f"lora_{index}_sha256": files.sha256_file(added.path) for index, added in enumerate(loras)}
     paths: list[Path] = []

@@ -8,6 +8,7 @@ Shapes: B batch (1 here), C channels, H W latent height and width.
 
 from __future__ import annotations
 
+import inspect
 import json
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
@@ -18,8 +19,10 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from detour import UserError, __version__, files
+from detour.archs.base import Framing
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from torch import Tensor, nn
@@ -40,9 +43,9 @@ class Request:
     negative: str = ""
     lora_scale: float = 1.0
 
-    def prompts(self) -> list[str]:
+    def prompts(self, spec: ArchSpec) -> list[str]:
         """The texts that must be embedded to draw it."""
-        return [self.prompt, self.negative] if self.guidance > 1 else [self.prompt]
+        return [self.prompt, self.negative] if self.guidance > 1 and spec.guidance_kind == "negative" else [self.prompt]
 
 
 def check_request(spec: ArchSpec, request: Request) -> None:
@@ -56,8 +59,12 @@ def check_request(spec: ArchSpec, request: Request) -> None:
 
 def initial_noise(spec: ArchSpec, request: Request) -> Tensor:
     """noise_BCHW, float32 on the CPU: what diffusers draws for that seed."""
-    shape = (1, spec.latent_channels, request.height // spec.spatial_factor, request.width // spec.spatial_factor)
-    return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(request.seed), dtype=torch.float32)
+    return _drawn(spec, request, torch.Generator("cpu").manual_seed(request.seed))
+
+
+def _drawn(spec: ArchSpec, request: Request, generator: torch.Generator) -> Tensor:
+    shape = (1, *spec.latent_shape(request.width, request.height))
+    return torch.randn(shape, generator=generator, dtype=torch.float32)
 
 
 @torch.no_grad()
@@ -74,17 +81,32 @@ def denoise(
     Source of the order of operations: diffusers' pipeline of the architecture, which this equals bit for bit on a CPU.
     """
     device = noise_BCHW.device
+    told = arch.picture_condition(Framing.whole(request.width, request.height), request.guidance)
+    conditions = [condition | told for condition in conditions]
     arch.set_timesteps(scheduler, request.steps, (noise_BCHW.shape[-2], noise_BCHW.shape[-1]), device)
-    latents_BCHW = noise_BCHW
+    step = _stepper(arch.spec, scheduler, request)
+    diffusion = arch.spec.objective != "flow"  # their schedulers have scales of their own for noise and states
+    latents_BCHW = noise_BCHW * scheduler.init_noise_sigma if diffusion else noise_BCHW
     for timestep in scheduler.timesteps:
         # In double (on the CPU: Apple's devices have none), so that an architecture that multiplies by 1000 again gets
         # the scheduler's own timestep back to the last bit.
         t_B = torch.full((len(conditions),), float(timestep) / 1000, dtype=torch.float64)
-        field = arch.predict(denoiser, latents_BCHW.repeat(len(conditions), 1, 1, 1), t_B, conditions)
+        state_BCHW = scheduler.scale_model_input(latents_BCHW, timestep) if diffusion else latents_BCHW
+        field = arch.predict(denoiser, torch.cat([state_BCHW] * len(conditions)), t_B, conditions)
         if len(conditions) == 2:
             field = arch.guided(field[:1], field[1:], request.guidance)
-        latents_BCHW = scheduler.step(field, timestep, latents_BCHW, return_dict=False)[0]
+        latents_BCHW = step(field, timestep, latents_BCHW)
     return latents_BCHW
+
+
+def _stepper(spec: ArchSpec, scheduler: Scheduler, request: Request) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """The scheduler's step. What a stochastic one draws goes on after the initial noise, as in diffusers."""
+    options: dict[str, object] = {"return_dict": False}
+    if "generator" in inspect.signature(scheduler.step).parameters:
+        generator = torch.Generator("cpu").manual_seed(request.seed)
+        _drawn(spec, request, generator)
+        options["generator"] = generator
+    return lambda field, timestep, latents: scheduler.step(field, timestep, latents, **options)[0]
 
 
 @torch.no_grad()

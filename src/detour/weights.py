@@ -330,6 +330,8 @@ class Placement:
     """Given a complete linear layer on `device`, quantises it in place or returns what stands in for it."""
     patch: Callable[[str, Tensor], Tensor] | None = None
     """Given a parameter's name and its tensor as stored, returns the tensor to use (a merged training adapter)."""
+    keep_float32: str = ""
+    """Regular expression found in the names of tensors that become float32 instead of `dtype`."""
 
 
 @dataclass
@@ -367,7 +369,8 @@ class _Filling:
         placement = self.placement
         if placement.patch is not None:
             tensor = placement.patch(name, tensor)
-        dtype = placement.dtype if tensor.is_floating_point() else tensor.dtype
+        kept = bool(placement.keep_float32) and re.search(placement.keep_float32, name) is not None
+        dtype = (torch.float32 if kept else placement.dtype) if tensor.is_floating_point() else tensor.dtype
         # A copy in any case: what safetensors returns is a view of the mapped file, which somebody may replace.
         tensor = tensor.detach().to(placement.device, dtype, copy=True)
         is_parameter = isinstance(self.wanted[name], nn.Parameter)
@@ -391,10 +394,10 @@ class _Filling:
 
 
 def materialise(module: nn.Module, tensors: Iterable[tuple[str, Tensor]], placement: Placement, *, where: str) -> None:
-    """Fill a module that is on the meta device, in place. Every parameter ends frozen.
+    """Fill a module whose parameters are on the meta device, in place. Every parameter ends frozen.
 
     Raises UserError, naming `where` the tensors came from, when any is missing, unknown or of another shape.
-    Buffers that no file stores (non-persistent ones) are the architecture's to compute.
+    Buffers that no file stores (non-persistent ones) were computed when the module was built; they move along.
     """
     filling = _Filling(module, placement)
     for name, tensor in tensors:
@@ -410,6 +413,10 @@ def materialise(module: nn.Module, tensors: Iterable[tuple[str, Tensor]], placem
             f"{where}: these are not the weights of a {type(module).__name__} with this configuration. Tensors "
             f"{'; '.join(problems)}. Is model.arch right for this model, and is its download complete?"
         )
+    for owner in module.modules():
+        for name, buffer in owner.named_buffers(recurse=False):
+            if name in owner._non_persistent_buffers_set:
+                owner.register_buffer(name, buffer.to(placement.device), persistent=False)
 
 
 def _some(names: Sequence[str]) -> str:

@@ -238,6 +238,7 @@ WRONG = [
     ("model", {"arch": "flux"}, "arch", "model.arch: 'flux' is not built yet; built today: zimage"),
     ("model", {"arch": "zimage:fast"}, "model", "model.variant: 'fast' is not a variant of zimage; allowed: turbo,"),
     ("train", {"noise_scheduler": "ddpm"}, "noise_scheduler", "train.noise_scheduler: 'ddpm' does not fit zimage"),
+    ("train", {"min_snr_gamma": 5}, "min_snr_gamma", "train.min_snr_gamma: zimage is a flow model, which has no min-SN"),
     ("sample", DRAWN | {"width": 100}, "sample", "100 x 64 pixels cannot be drawn: zimage needs sides divisible by 16"),
     ("sample", DRAWN | {"seed": 10**30}, "sample", "is not a whole number from 0 to 2^63 - 1"),
     ("network", {"include": ["no_such"]}, "include", "network.include: 'no_such' matches none of the"),

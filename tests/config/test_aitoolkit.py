@@ -501,6 +501,15 @@ def test_losses(having):
     assert "'mean_flow' is not one of mse" in refused(having, "train", loss_type="mean_flow")[0]
 
 
+def test_min_snr_weights_are_for_noise_models(having):
+    process, notes = having("train", min_snr_gamma=5)
+    assert process.train.min_snr_gamma is None
+    assert "train.min_snr_gamma: has no effect on a flow model in ai-toolkit either" in " ".join(notes)
+    text = SMALL.replace("arch: zimage", "arch: sdxl").replace("lr: 1e-4", "lr: 1e-4, min_snr_gamma: 5")
+    Path("job.yaml").write_text(text)
+    assert load_job(Path("job.yaml")).job.config.process[0].train.min_snr_gamma == 5
+
+
 def test_differences_in_train_are_said(having):
     _, notes = having("train", gradient_accumulation=4, unload_text_encoder=True, do_differential_guidance=True)
     assert any(note.startswith("train.gradient_accumulation: 4: ai-toolkit adds the gradients up") for note in notes)

@@ -11,11 +11,12 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
-from detour.archs.zimage import ARCH, SPEC
+from detour.archs.zimage import ARCHS, SPEC
 from detour.nano import drawn, zimage
 from detour.weights import Placement, find_model, materialise, read_tensors
 
 CPU = torch.device("cpu")
+ARCH = ARCHS["zimage"]
 
 
 @pytest.fixture(scope="module")

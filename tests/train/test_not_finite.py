@@ -29,13 +29,13 @@ NAN, INF = float("nan"), float("inf")
 @contextmanager
 def spoilt(bad: Callable[[int, int], bool], where: str = "loss", value: float = NAN) -> Iterator[None]:
     """Make the loss, or only the gradient, of chosen (step, micro) not finite."""
-    flow_loss = loop.flow_loss
+    training_loss = loop.training_loss
 
-    def loss(arch: Any, denoiser: Any, batch: Any, config: Any, seed: int, step: int, micro: int) -> Any:
+    def loss(task: Any, denoiser: Any, batch: Any, config: Any, seed: int, step: int, micro: int) -> Any:
         if not bad(step, micro):
-            return flow_loss(arch, denoiser, batch, config, seed, step, micro)
+            return training_loss(task, denoiser, batch, config, seed, step, micro)
         if where == "loss":  # in one picture of the batch, from the model's output on
-            predict = arch.predict
+            predict = task.arch.predict
 
             def poisoned(*args: Any) -> torch.Tensor:
                 out = predict(*args)
@@ -44,15 +44,15 @@ def spoilt(bad: Callable[[int, int], bool], where: str = "loss", value: float = 
                 return out + mask
 
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(type(arch), "predict", lambda _, *args: poisoned(*args))
-                return flow_loss(arch, denoiser, batch, config, seed, step, micro)
-        out = flow_loss(arch, denoiser, batch, config, seed, step, micro)
+                patch.setattr(type(task.arch), "predict", lambda _, *args: poisoned(*args))
+                return training_loss(task, denoiser, batch, config, seed, step, micro)
+        out = training_loss(task, denoiser, batch, config, seed, step, micro)
         parameter = next(p for p in denoiser.parameters() if p.requires_grad)
         handle = parameter.register_hook(lambda grad: (handle.remove(), grad * value)[1])
         return out
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "flow_loss", loss)
+        patch.setattr(loop, "training_loss", loss)
         yield
 
 

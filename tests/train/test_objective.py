@@ -9,10 +9,11 @@ import pywt
 import torch
 from torch import nn
 
+from detour.archs.base import Framing
 from detour.config.job import TimestepType, TrainConfig
 from detour.data.loader import Batch
-from detour.nn.flow import clean_from, noisy, shift_time
-from detour.train.objective import evaluating, flow_loss, noise_like, sample_loss, validation_loss
+from detour.nn.flow import FlowMatching, clean_from, noisy, shift_time
+from detour.train.objective import Task, evaluating, noise_like, sample_loss, training_loss, validation_loss
 from detour.train.timesteps import draw_times, state_times
 
 LOSSES = ("mse", "mae", "huber", "wavelet")
@@ -37,7 +38,10 @@ class Denoiser(nn.Module):
 
 
 class Arch:
-    spec = SimpleNamespace(shift=3.0)
+    spec = SimpleNamespace(shift_at=lambda latent_HW: 3.0)
+
+    def picture_condition(self, framing, guidance):
+        return {}
 
     def predict(self, denoiser, z, t_B, conditions):
         c = torch.stack([condition["tokens_LD"].mean() for condition in conditions])
@@ -45,6 +49,7 @@ class Arch:
 
 
 ARCH = Arch()
+TASK = Task(ARCH, FlowMatching())
 
 
 def model() -> Denoiser:
@@ -57,6 +62,7 @@ def batch(n=3, masks=False, size=(8, 6)) -> Batch:
     return Batch(
         latents_BCHW=torch.randn(n, 4, *size, generator=g),
         names=[f"{i}.png" for i in range(n)],
+        framings=[Framing.whole(64, 64)] * n,
         conditions=[{"tokens_LD": torch.randn(5, 3, generator=g)} for _ in range(n)],
         weights_B=torch.tensor([1.0, 0.5, 2.0][:n]),
         masks_B1HW=mask / mask.mean((1, 2, 3), keepdim=True) if masks else None,
@@ -132,7 +138,7 @@ def test_loss_and_gradients_equal_a_plain_formula(kind, loss, masks):
     """Relative 1e-6 in float32, as promised."""
     ours, theirs, b = model(), model(), batch(masks=masks)
     cfg = config(kind, loss)
-    out = flow_loss(ARCH, ours, b, cfg, 11, 2, 1)
+    out = training_loss(TASK, ours, b, cfg, 11, 2, 1)
     expected = plain_loss(theirs, b, cfg, 11, 2, 1)
     out.loss.backward()
     expected.backward()
@@ -145,7 +151,7 @@ def test_loss_and_gradients_equal_a_plain_formula(kind, loss, masks):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_timestep_type_trains(kind):
     net = model()
-    out = flow_loss(ARCH, net, batch(), config(kind), 0, 0, 0)
+    out = training_loss(TASK, net, batch(), config(kind), 0, 0, 0)
     out.loss.backward()
     assert out.loss.isfinite()
     assert gradients(net).norm() > 0
@@ -159,7 +165,7 @@ def test_equals_a_training_step_written_with_diffusers():
     scheduler, ours, theirs = FlowMatchEulerDiscreteScheduler(), model(), model()
     b = replace(batch(), weights_B=torch.ones(3))
     cfg = config("four_step")  # 1, .75, .5, .25: exact entries of its table of 1000
-    out = flow_loss(ARCH, ours, b, cfg, 3, 0, 0)
+    out = training_loss(TASK, ours, b, cfg, 3, 0, 0)
     noise = noise_like(b.latents_BCHW, 3, 0, 0)
     noisy_input = scheduler.scale_noise(b.latents_BCHW, out.t_B * 1000, noise)
     prediction = ARCH.predict(theirs, noisy_input, out.t_B, b.conditions)
@@ -173,7 +179,10 @@ def test_equals_a_training_step_written_with_diffusers():
 class Oracle:
     """Predicts the true velocity of the one picture it knows: z_t = (1-t) z0 + t eps, so v = (z - z0) / t."""
 
-    spec = SimpleNamespace(shift=3.0)
+    spec = SimpleNamespace(shift_at=lambda latent_HW: 3.0)
+
+    def picture_condition(self, framing, guidance):
+        return {}
 
     def __init__(self, z0):
         self.z0, self.seen = z0, []
@@ -186,7 +195,7 @@ class Oracle:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_true_velocity_has_no_loss(kind):
     b = batch()
-    out = flow_loss(Oracle(b.latents_BCHW), model(), b, config(kind), 1, 4, 0)
+    out = training_loss(Task(Oracle(b.latents_BCHW), FlowMatching()), model(), b, config(kind), 1, 4, 0)
     assert float(out.loss) < 1e-9
 
 
@@ -199,7 +208,7 @@ def test_next_sample_steps_along_the_grid_without_gradient():
             seen.append((t_B.tolist(), torch.is_grad_enabled(), z))
             return super().predict(denoiser, z, t_B, conditions)
 
-    flow_loss(Watch(), net, b, config("next_sample"), 1, 4, 0)
+    training_loss(Task(Watch(), FlowMatching()), net, b, config("next_sample"), 1, 4, 0)
     (start, first_grad, z), (end, second_grad, z_next) = seen
     assert (first_grad, second_grad) == (False, True)
     grid = [shift_time(k / 8, 3.0) for k in range(8, 0, -1)]
@@ -227,7 +236,7 @@ def test_next_sample_keeps_its_gradients_inside_autocast():
                 return super().predict(*arguments)
 
         with torch.autocast("cpu", torch.bfloat16):
-            out = flow_loss(Careful(), net, batch(), config("next_sample"), 0, 0, 0)
+            out = training_loss(Task(Careful(), FlowMatching()), net, batch(), config("next_sample"), 0, 0, 0)
         out.loss.backward()
         found.append(gradients(net))
     assert torch.equal(*found)
@@ -276,11 +285,11 @@ def test_noise_is_normal_and_a_function_of_its_address_alone():
 @pytest.mark.parametrize("kind", ["sigmoid", "next_sample"])
 def test_a_picture_s_loss_does_not_depend_on_who_shares_its_batch(kind):
     b = batch()
-    whole = flow_loss(ARCH, model(), b, config(kind), 7, 1, 0)
-    part = flow_loss(ARCH, model(), next(split(b, 2)), config(kind), 7, 1, 0)
+    whole = training_loss(TASK, model(), b, config(kind), 7, 1, 0)
+    part = training_loss(TASK, model(), next(split(b, 2)), config(kind), 7, 1, 0)
     torch.testing.assert_close(part.per_sample_B, whole.per_sample_B[:2], rtol=1e-6, atol=0)
     assert torch.equal(part.t_B, whole.t_B[:2])
-    again = flow_loss(ARCH, model(), b, config(kind), 7, 1, 0)
+    again = training_loss(TASK, model(), b, config(kind), 7, 1, 0)
     assert torch.equal(again.per_sample_B, whole.per_sample_B)
 
 
@@ -288,15 +297,15 @@ def test_the_weight_of_a_regularisation_set_is_not_counted_twice():
     """The loader has put `reg_weight` into the weights already."""
     b, cfg = batch(), config("linear", reg_weight=0.25)
     assert torch.equal(
-        flow_loss(ARCH, model(), replace(b, is_reg=True), cfg, 0, 0, 0).loss,
-        flow_loss(ARCH, model(), b, cfg, 0, 0, 0).loss,
+        training_loss(TASK, model(), replace(b, is_reg=True), cfg, 0, 0, 0).loss,
+        training_loss(TASK, model(), b, cfg, 0, 0, 0).loss,
     )
 
 
 def test_weights_scale_the_loss_and_leave_the_report_alone():
     b = batch()
-    one = flow_loss(ARCH, model(), replace(b, weights_B=torch.ones(3)), config("linear"), 0, 0, 0)
-    half = flow_loss(ARCH, model(), replace(b, weights_B=torch.tensor([0.0, 1.0, 0.0])), config("linear"), 0, 0, 0)
+    one = training_loss(TASK, model(), replace(b, weights_B=torch.ones(3)), config("linear"), 0, 0, 0)
+    half = training_loss(TASK, model(), replace(b, weights_B=torch.tensor([0.0, 1.0, 0.0])), config("linear"), 0, 0, 0)
     assert torch.equal(one.per_sample_B, half.per_sample_B)
     torch.testing.assert_close(half.loss, one.per_sample_B[1] / 3)
     torch.testing.assert_close(one.loss, one.per_sample_B.mean())
@@ -305,7 +314,7 @@ def test_weights_scale_the_loss_and_leave_the_report_alone():
 def test_the_callers_batch_is_not_changed():
     b = batch(masks=True)
     before = [t.clone() for t in (b.latents_BCHW, b.weights_B, b.masks_B1HW)]
-    flow_loss(ARCH, model(), b, config("weighted"), 0, 0, 0)
+    training_loss(TASK, model(), b, config("weighted"), 0, 0, 0)
     assert all(torch.equal(x, y) for x, y in zip(before, (b.latents_BCHW, b.weights_B, b.masks_B1HW), strict=True))
 
 
@@ -316,42 +325,42 @@ def split(b, *sizes):
     start = 0
     for n in sizes:
         at = slice(start, start + n)
-        few = {name: getattr(b, name)[at] for name in ("latents_BCHW", "names", "conditions", "weights_B")}
+        few = {name: getattr(b, name)[at] for name in ("latents_BCHW", "names", "conditions", "framings", "weights_B")}
         yield replace(b, **few)
         start += n
 
 
 def test_validation_is_a_function_of_seed_and_picture():
     b, net = batch(), model()
-    mean, by_time = validation_loss(ARCH, net, [b], [0.25, 0.75, 1.0], 42)
+    mean, by_time = validation_loss(TASK, net, [b], [0.25, 0.75, 1.0], 42)
     assert list(by_time) == ["0.25", "0.75", "1"]
     assert mean == pytest.approx(sum(by_time.values()) / 3)
-    assert validation_loss(ARCH, net, [b], [0.25, 0.75, 1.0], 42) == (mean, by_time)
+    assert validation_loss(TASK, net, [b], [0.25, 0.75, 1.0], 42) == (mean, by_time)
     for parts in ((1, 2), (1, 1, 1)):
-        other, _ = validation_loss(ARCH, net, list(split(b, *parts))[::-1], [0.25, 0.75, 1.0], 42)
+        other, _ = validation_loss(TASK, net, list(split(b, *parts))[::-1], [0.25, 0.75, 1.0], 42)
         assert other == pytest.approx(mean, rel=1e-6)
-    assert validation_loss(ARCH, net, [b], [0.25, 0.75, 1.0], 43)[0] != mean
+    assert validation_loss(TASK, net, [b], [0.25, 0.75, 1.0], 43)[0] != mean
 
 
 def test_validation_is_the_plain_loss_at_those_times():
     b, net = batch(), model()
     oracle = Oracle(b.latents_BCHW)
-    assert validation_loss(oracle, net, [b], [0.5], 0)[0] < 1e-9
+    assert validation_loss(Task(oracle, FlowMatching()), net, [b], [0.5], 0)[0] < 1e-9
     t_B, z = oracle.seen[0]
     assert t_B.tolist() == [0.5] * 3
     eps = 2 * z - b.latents_BCHW
     expected = (ARCH.predict(net, z, t_B, b.conditions) - (eps - b.latents_BCHW)).square().mean().item()
-    assert validation_loss(ARCH, net, [b], [0.5], 0)[0] == pytest.approx(expected, rel=1e-5)
+    assert validation_loss(TASK, net, [b], [0.5], 0)[0] == pytest.approx(expected, rel=1e-5)
     b = replace(b, weights_B=torch.zeros(3), is_reg=True)
-    assert validation_loss(ARCH, net, [b], [0.5], 0)[0] == pytest.approx(expected, rel=1e-5), "weights have no say"
+    assert validation_loss(TASK, net, [b], [0.5], 0)[0] == pytest.approx(expected, rel=1e-5), "weights have no say"
 
 
 def test_validation_counts_masks():
     b = batch(masks=True)
     bare = replace(b, masks_B1HW=None)
-    assert validation_loss(ARCH, model(), [b], [0.5], 0) != validation_loss(ARCH, model(), [bare], [0.5], 0)
+    assert validation_loss(TASK, model(), [b], [0.5], 0) != validation_loss(TASK, model(), [bare], [0.5], 0)
     even = replace(b, masks_B1HW=torch.ones(3, 1, 8, 6))
-    assert validation_loss(ARCH, model(), [even], [0.5], 0) == validation_loss(ARCH, model(), [bare], [0.5], 0)
+    assert validation_loss(TASK, model(), [even], [0.5], 0) == validation_loss(TASK, model(), [bare], [0.5], 0)
 
 
 def test_validation_switches_dropout_off_and_every_flag_back():
@@ -359,8 +368,8 @@ def test_validation_switches_dropout_off_and_every_flag_back():
     net.enter.training, net.dropout.training = False, True
     flags = [part.training for part in net.modules()]
     before = torch.get_rng_state()
-    first = validation_loss(ARCH, net, [batch()], [0.5], 0)
-    assert first == validation_loss(ARCH, net, [batch()], [0.5], 0)
+    first = validation_loss(TASK, net, [batch()], [0.5], 0)
+    assert first == validation_loss(TASK, net, [batch()], [0.5], 0)
     assert torch.equal(before, torch.get_rng_state())
     with pytest.raises(KeyError), evaluating(net):
         assert not any(part.training for part in net.modules())
@@ -371,6 +380,6 @@ def test_validation_switches_dropout_off_and_every_flag_back():
 
 def test_validation_of_nothing_is_an_error():
     with pytest.raises(ValueError, match="at least one picture"):
-        validation_loss(ARCH, model(), [], [0.5], 0)
+        validation_loss(TASK, model(), [], [0.5], 0)
     with pytest.raises(ValueError, match="at least one picture"):
-        validation_loss(ARCH, model(), [batch()], [], 0)
+        validation_loss(TASK, model(), [batch()], [], 0)

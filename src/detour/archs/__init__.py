@@ -35,7 +35,7 @@ def get(name: ModelArch) -> Arch:
     """The architecture by that name; an error when it is not built yet."""
     if name not in _MODULES:
         raise UserError(f"model.arch: {name!r} is not built yet; built today: {', '.join(built())}")
-    arch: Arch = import_module(_MODULES[name]).ARCH
+    arch: Arch = import_module(_MODULES[name]).ARCHS[name]
     return arch
 
 
@@ -104,6 +104,7 @@ def resolve(process: TrainProcess) -> TrainProcess:
                 f"{option}: {value!r} does not fit {facts.name}, which is a {facts.objective} model; "
                 f"use {kind!r} or leave it out"
             )
+    _check_times(process, facts)
     saves = process.save.save_every or (None if process.train.save_every_n_epochs else 250)
     length = {} if process.train.epochs else {"steps": process.train.steps or 3000}
     repo = process.model.name_or_path or variant.repo
@@ -133,6 +134,20 @@ def resolve(process: TrainProcess) -> TrainProcess:
     }
     sections = {section: getattr(process, section).model_copy(update=values) for section, values in updates.items()}
     return process.model_copy(update=sections)
+
+
+def _check_times(process: TrainProcess, facts: ArchSpec) -> None:
+    kind = process.train.timestep_type
+    if kind is not None and kind not in facts.timestep_types:
+        raise UserError(
+            f"train.timestep_type: {kind!r} does not fit {facts.name}, which is a {facts.objective} model; "
+            f"allowed: {', '.join(facts.timestep_types)}"
+        )
+    if process.train.min_snr_gamma is not None and facts.objective == "flow":
+        raise UserError(
+            f"train.min_snr_gamma: {facts.name} is a flow model, which has no min-SNR weighting; leave it out "
+            f"(train.timestep_type: weighted weighs its times)"
+        )
 
 
 def advice(process: TrainProcess) -> list[str]:

@@ -1,13 +1,16 @@
 """What the engine asks of an architecture: `ArchSpec` is data, `Arch` is behaviour.
 
-Shapes: B batch, C channels, H W height and width (latent unless named), L tokens, D features.
-Time t is in [0, 1]: 0 clean, 1 noise. Flow models: z_t = (1 - t) z_0 + t eps, target v = eps - z_0.
+Shapes: B batch, C channels, H W height and width (latent unless named), L tokens, D features. Latents named BCHW are
+BCFHW, F frames, where a model draws video (`ArchSpec.frame_factor`).
+Time t is in [0, 1]: 0 clean, 1 noise. Flow models: z_t = (1 - t) z_0 + t eps, target v = eps - z_0. Of the 1000 noise
+levels of a diffusion model (`eps`, `v`: what it predicts), the k-th is at t = k / 1000.
 This module imports no torch, so that listing and checking stay instant.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import exp
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
@@ -30,10 +33,44 @@ Scheduler = Any
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class DynamicShift:
+    """A shift of the flow schedule that grows with the picture: exp(mu), mu linear in the number of image tokens.
+
+    The figures are `base_image_seq_len`, `max_image_seq_len`, `base_shift` and `max_shift` of diffusers' schedulers.
+    """
+
+    tokens: tuple[int, int] = (256, 4096)
+    mu: tuple[float, float] = (0.5, 1.15)
+
+    def mu_at(self, tokens: int) -> float:
+        """What diffusers calls `mu`, for a picture of so many tokens (patches of 2 x 2 latent positions)."""
+        slope = (self.mu[1] - self.mu[0]) / (self.tokens[1] - self.tokens[0])
+        return tokens * slope + (self.mu[0] - slope * self.tokens[0])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Framing:
+    """How a picture was cut, which some models are told besides its caption. Pairs are width and height, in pixels."""
+
+    original: tuple[int, int]
+    """Of the file, before it was scaled."""
+    crop: tuple[int, int]
+    """Left and top of what is kept, in the scaled picture."""
+    size: tuple[int, int]
+    """Of what is kept: the size that the model sees."""
+
+    @classmethod
+    def whole(cls, width: int, height: int) -> Framing:
+        """Of a picture that is drawn: nothing cut away."""
+        return cls(original=(width, height), crop=(0, 0), size=(width, height))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Variant:
     """A published set of weights of an architecture; what differs between them is listed as values."""
 
     repo: str
+    """Hub id, or `user/repo/file.safetensors`."""
     distilled: bool
     steps: int
     """Denoising steps when sampling."""
@@ -44,6 +81,8 @@ class Variant:
     """The training adapter its users take, `user/repo/file.safetensors`."""
     extras_repo: str | None = None
     """Where VAE, text encoder, tokenizer and scheduler come from when `repo` holds the denoiser alone."""
+    scheduler: Mapping[str, object] = field(default_factory=dict)
+    """Settings in which it is sampled otherwise than its scheduler's config says."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,6 +101,7 @@ class ArchSpec:
     name: ModelArch
     title: str
     objective: Literal["flow", "eps", "v"]
+    """What it predicts. Of diffusion models (`eps`, `v`) the scheduler that comes with them has the last word."""
     variants: Mapping[str, Variant]
     default_variant: str
     latent_channels: int
@@ -73,8 +113,8 @@ class ArchSpec:
     """Most tokens of a prompt."""
     text_multiple: int
     """Captions whose lengths round up to the same multiple of this may share a batch without a mask."""
-    shift: float
-    """Shift of the flow schedule that the model was trained with."""
+    shift: float | DynamicShift
+    """Shift of the flow schedule that the model was trained with; 1 where it was none."""
     lora_blocks: str
     """Regular expression of the linear layers trained with `transformer_only: true`."""
     lora_all: str
@@ -90,8 +130,18 @@ class ArchSpec:
     """The component that is trained."""
     diffusers_loader: str = ""
     """The class in `diffusers.loaders` that loads its LoRAs; empty where diffusers has none (then PEFT loads them)."""
+    guidance_kind: Literal["negative", "embedded"] = "negative"
+    """How guidance comes about: from a second prediction for the negative prompt, or as a number given to the model."""
     diffusers_guidance_offset: float = 0.0
     """What diffusers' pipeline counts less than this project: its scale is ours minus this."""
+    size_unit: int = 16
+    """Pixels by which both sides of a drawn picture must be divisible: a patch is mostly two latent positions wide."""
+    frame_factor: int | None = None
+    """Video: frames for each latent position after the first. None: the model knows pictures only."""
+    keep_float32: str = ""
+    """Regular expression of parameters that stay float32 whatever `model.dtype` says; empty for none."""
+    bundled: tuple[str, ...] = ()
+    """Components that a single file in the original layout may hold besides the denoiser."""
     timestep_types: tuple[TimestepType, ...] = field(
         default=(
             "sigmoid", "weighted", "linear", "shift", "lognorm_blend", "next_sample",
@@ -104,12 +154,25 @@ class ArchSpec:
         return guidance - self.diffusers_guidance_offset
 
     def size_problem(self, width: int, height: int) -> str | None:
-        """Why a picture of that size (pixels) cannot be drawn: the model's patches are two latent positions wide."""
-        unit = self.spatial_factor * 2
+        """Why a picture of that size (pixels) cannot be drawn, or None where it can."""
+        unit = self.size_unit
         if width > 0 and height > 0 and width % unit == 0 and height % unit == 0:
             return None
         fits = " x ".join(str(max(unit, round(side / unit) * unit)) for side in (width, height))
         return f"{width} x {height} pixels cannot be drawn: {self.name} needs sides divisible by {unit}; try {fits}"
+
+    def latent_shape(self, width: int, height: int, frames: int = 1) -> tuple[int, ...]:
+        """Shape of the latents of a picture (C, H, W) or, where the model draws video, of a clip (C, F, H, W)."""
+        sides = (height // self.spatial_factor, width // self.spatial_factor)
+        if self.frame_factor is None:
+            return (self.latent_channels, *sides)
+        return (self.latent_channels, (frames - 1) // self.frame_factor + 1, *sides)
+
+    def shift_at(self, latent_HW: tuple[int, int]) -> float:
+        """Shift of the flow schedule for latents of that height and width."""
+        if isinstance(self.shift, DynamicShift):
+            return exp(self.shift.mu_at((latent_HW[0] // 2) * (latent_HW[1] // 2)))
+        return self.shift
 
     @property
     def default(self) -> Variant:
@@ -138,8 +201,11 @@ class Arch(Protocol):
         """The VAE, frozen and in eval mode."""
         ...
 
-    def load_scheduler(self, source: ModelSource) -> Scheduler:
-        """The diffusers scheduler that samples this model, from the model's own folder where it has one."""
+    def load_scheduler(self, source: ModelSource, changes: Mapping[str, object] | None = None) -> Scheduler:
+        """The diffusers scheduler that samples this model, from the model's own folder where it has one.
+
+        `changes` are the variant's (`Variant.scheduler`).
+        """
         ...
 
     def set_timesteps(self, scheduler: Scheduler, steps: int, latent_HW: tuple[int, int], device: torch.device) -> None:
@@ -148,6 +214,13 @@ class Arch(Protocol):
 
     def encode_prompts(self, text: TextEncoders, prompts: Sequence[str]) -> list[Condition]:
         """One condition for each prompt. The caller's prompts are not changed."""
+        ...
+
+    def picture_condition(self, framing: Framing, guidance: float | None) -> Condition:
+        """What the model is told of a picture besides its prompt, under names that no prompt's condition has.
+
+        `guidance` is that of the picture to draw, None in training. Most models are told nothing.
+        """
         ...
 
     def encode_images(self, vae: nn.Module, pixels_B3HW: Tensor) -> Tensor:
@@ -161,7 +234,10 @@ class Arch(Protocol):
     def predict(
         self, denoiser: nn.Module, latents_BCHW: Tensor, t_B: Tensor, conditions: Sequence[Condition]
     ) -> Tensor:
-        """The model's field at (z_t, t) in this project's convention, float32: v = eps - z_0 for flow models."""
+        """The model's field at (z_t, t) in this project's convention, float32.
+
+        That is v = eps - z_0 for flow models; for diffusion models what they predict, at noise level 1000 t.
+        """
         ...
 
     def guided(self, positive: Tensor, negative: Tensor, scale: float) -> Tensor:

@@ -10,10 +10,10 @@ Shapes: B batch, C channels, H W latent height and width (of pictures: pixels), 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from detour import UserError
+from detour.archs import parts
 from detour.archs.base import ArchSpec, LoraKeys, Variant
 
 if TYPE_CHECKING:
@@ -22,10 +22,11 @@ if TYPE_CHECKING:
 
     import torch
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImageTransformer2DModel
-    from torch import Tensor, nn
-    from transformers import PreTrainedTokenizerBase
+    from torch import Tensor
 
-    from detour.archs.base import Arch, Condition
+    from detour.archs.base import Arch, Condition, Framing
+    from detour.archs.parts import TextModels
+    from detour.config.job import ModelArch
     from detour.weights import ModelSource, Placement
 
 _TURBO, _BASE, _DETURBO = "Tongyi-MAI/Z-Image-Turbo", "Tongyi-MAI/Z-Image", "ostris/Z-Image-De-Turbo"
@@ -78,19 +79,6 @@ _ORIGINAL_NAMES = (
 )
 
 
-@dataclass
-class TextEncoder:
-    """Qwen3 and its tokenizer."""
-
-    model: nn.Module
-    tokenizer: PreTrainedTokenizerBase
-
-    def to(self, device: torch.device) -> TextEncoder:
-        """Move the model; returns itself."""
-        self.model.to(device)
-        return self
-
-
 class ZImage:
     """Behaviour of Z-Image and its variants, which differ in their weights alone."""
 
@@ -98,18 +86,12 @@ class ZImage:
 
     def build_denoiser(self, source: ModelSource) -> ZImageTransformer2DModel:
         """The transformer on the meta device, as its config says, or, for a single file, as the shapes in it say."""
-        import torch
         from diffusers import ZImageTransformer2DModel
 
-        from detour.weights import component_config
-
-        if source.single_file is not None:
-            config: Mapping[str, object] = _config_of(source.single_file)
-        else:
-            config = component_config(source.component("transformer"), "_class_name", "ZImageTransformer2DModel")
-        with torch.device("meta"):
-            denoiser = ZImageTransformer2DModel.from_config(dict(config))
-        return denoiser.eval().requires_grad_(False)
+        if (file := source.single_file) is not None:
+            config = _config_of(file)
+            return parts.on_meta(lambda: ZImageTransformer2DModel.from_config(config))
+        return parts.diffusers_module("ZImageTransformer2DModel", source.component("transformer"))
 
     def denoiser_tensors(self, source: ModelSource) -> Iterator[tuple[str, Tensor]]:
         """The transformer's weights under diffusers' names, from either layout."""
@@ -119,53 +101,30 @@ class ZImage:
         for name, tensor in stream_tensors([single] if single else component_files(source.component("transformer"))):
             yield from original_keys(name, tensor)
 
-    def load_text_encoders(self, source: ModelSource, placement: Placement) -> TextEncoder:
+    def load_text_encoders(self, source: ModelSource, placement: Placement) -> TextModels:
         """Qwen3 without its language head, streamed in like the denoiser, and its tokenizer.
 
         The same from a folder saved as `Qwen3Model` and from one saved as `Qwen3ForCausalLM`.
         """
-        import torch
-        from transformers import AutoTokenizer, Qwen3Config, Qwen3Model
+        from transformers import AutoTokenizer
 
-        from detour.weights import component_config, component_files, materialise, stream_tensors
+        def rename(key: str) -> str | None:
+            return None if key.startswith("lm_head.") else key.removeprefix("model.")
 
-        folder = source.component("text_encoder")
-        component_config(folder, "model_type", "qwen3")
-        config = Qwen3Config.from_pretrained(folder)
-        with torch.device("meta"):
-            model = Qwen3Model(config)
-        tensors = (
-            (name.removeprefix("model."), tensor)
-            for name, tensor in stream_tensors(component_files(folder))
-            if not name.startswith("lm_head.")
-        )
-        materialise(model, tensors, placement, where=str(folder))
-        # Its frequencies are in no file: computed again, since on the meta device they were only promised.
-        model.rotary_emb = type(model.rotary_emb)(config).to(placement.device)
+        model = parts.load_text_model("Qwen3Model", source.component("text_encoder"), placement, rename)
         tokenizer = AutoTokenizer.from_pretrained(source.component("tokenizer"))
-        return TextEncoder(model.eval().requires_grad_(False), tokenizer)
+        return parts.TextModels({"text_encoder": model}, {"tokenizer": tokenizer})
 
     def load_vae(self, source: ModelSource, dtype: torch.dtype, device: torch.device) -> AutoencoderKL:
         """The VAE, frozen and in eval mode."""
-        import torch
-        from diffusers import AutoencoderKL
+        return parts.load_vae("AutoencoderKL", source, dtype, device)
 
-        from detour.weights import Placement, component_config, component_files, materialise, stream_tensors
-
-        folder = source.component("vae")
-        config = component_config(folder, "_class_name", "AutoencoderKL")
-        with torch.device("meta"):
-            vae = AutoencoderKL.from_config(dict(config))
-        materialise(vae, stream_tensors(component_files(folder)), Placement(dtype, device), where=str(folder))
-        return vae.eval().requires_grad_(False)
-
-    def load_scheduler(self, source: ModelSource) -> FlowMatchEulerDiscreteScheduler:
+    def load_scheduler(
+        self, source: ModelSource, changes: Mapping[str, object] | None = None
+    ) -> FlowMatchEulerDiscreteScheduler:
         """The model's own scheduler; Z-Image's (shift 3, static) where the model comes without one."""
-        from diffusers import FlowMatchEulerDiscreteScheduler
-
-        if (folder := source.find("scheduler")) is None:
-            return FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=SPEC.shift)
-        return FlowMatchEulerDiscreteScheduler.from_pretrained(folder)
+        defaults = {"num_train_timesteps": 1000, "shift": SPEC.shift}
+        return parts.load_scheduler(source, "FlowMatchEulerDiscreteScheduler", defaults, changes)
 
     def set_timesteps(
         self, scheduler: FlowMatchEulerDiscreteScheduler, steps: int, latent_HW: tuple[int, int], device: torch.device
@@ -174,18 +133,10 @@ class ZImage:
 
         `mu` matters only to a scheduler with dynamic shifting, which the published ones do not have.
         """
-        import torch
+        mu = parts.mu_of(scheduler, tokens=(latent_HW[0] // 2) * (latent_HW[1] // 2))
+        parts.flow_grid(scheduler, steps, mu, device)
 
-        config = scheduler.config
-        tokens_low, tokens_high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-        mu_low, mu_high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-        slope = (mu_high - mu_low) / (tokens_high - tokens_low)
-        tokens = (latent_HW[0] // 2) * (latent_HW[1] // 2)
-        mu = tokens * slope + (mu_low - slope * tokens_low)
-        scheduler.set_timesteps(sigmas=torch.linspace(1.0, 1 / steps, steps).tolist(), mu=mu, device=device)
-        scheduler.set_begin_index(0)
-
-    def encode_prompts(self, text: TextEncoder, prompts: Sequence[str]) -> list[Condition]:
+    def encode_prompts(self, text: TextModels, prompts: Sequence[str]) -> list[Condition]:
         """`tokens_LD` for each prompt: Qwen's last hidden state but one, L its true length (at most 512).
 
         One prompt at a time and padded to 512 as in the pipeline: the result does not depend on what else is embedded,
@@ -193,40 +144,34 @@ class ZImage:
         """
         import torch
 
+        model, tokenizer = text.models["text_encoder"], text.tokenizers["tokenizer"]
+        device = next(model.parameters()).device
         conditions: list[Condition] = []
         for prompt in prompts:
-            templated = text.tokenizer.apply_chat_template(
+            templated = tokenizer.apply_chat_template(
                 [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=True
             )
-            inputs = text.tokenizer(
+            inputs = tokenizer(
                 [templated], padding="max_length", max_length=SPEC.text_tokens, truncation=True, return_tensors="pt"
             )
-            device = next(text.model.parameters()).device
             mask_BL = inputs.attention_mask.to(device).bool()
             with torch.no_grad():
                 ids_BL = inputs.input_ids.to(device)
-                out = text.model(input_ids=ids_BL, attention_mask=mask_BL, output_hidden_states=True)
+                out = model(input_ids=ids_BL, attention_mask=mask_BL, output_hidden_states=True)
             conditions.append({"tokens_LD": out.hidden_states[-2][0][mask_BL[0]]})
         return conditions
 
+    def picture_condition(self, framing: Framing, guidance: float | None) -> Condition:
+        """Nothing: the caption is all that it is told."""
+        return {}
+
     def encode_images(self, vae: AutoencoderKL, pixels_B3HW: Tensor) -> Tensor:
         """Pixels in [-1, 1] to normalised latents (the mean of the posterior), float32."""
-        import torch
-
-        with torch.no_grad():
-            mean_BCHW: Tensor = vae.encode(pixels_B3HW.to(vae.device, vae.dtype)).latent_dist.mode().float()
-        normalised_BCHW: Tensor = (mean_BCHW - vae.config.shift_factor) * vae.config.scaling_factor
-        return normalised_BCHW
+        return parts.encode_images(vae, pixels_B3HW)
 
     def decode(self, vae: AutoencoderKL, latents_BCHW: Tensor) -> Tensor:
-        """Normalised latents to pixels in [-1, 1], float32. The arithmetic is the pipeline's, in the VAE's type."""
-        import torch
-
-        config = vae.config
-        with torch.no_grad():
-            latents_BCHW = latents_BCHW.to(vae.device, vae.dtype) / config.scaling_factor + config.shift_factor
-            pixels_B3HW: Tensor = vae.decode(latents_BCHW, return_dict=False)[0]
-        return pixels_B3HW.float()
+        """Normalised latents to pixels in [-1, 1], float32."""
+        return parts.decode(vae, latents_BCHW)
 
     def predict(
         self, denoiser: ZImageTransformer2DModel, latents_BCHW: Tensor, t_B: Tensor, conditions: Sequence[Condition]
@@ -296,4 +241,4 @@ def _config_of(file: Path) -> dict[str, object]:
     }
 
 
-ARCH: Arch = ZImage()
+ARCHS: dict[ModelArch, Arch] = {"zimage": ZImage()}

@@ -153,7 +153,7 @@ TRAIN = (
         "batch_size steps lr gradient_accumulation optimizer optimizer_params lr_scheduler lr_scheduler_params"
         " max_grad_norm dtype noise_scheduler timestep_type content_or_style min_denoising_steps max_denoising_steps"
         " loss_type reg_weight ema_config gradient_checkpointing unload_text_encoder skip_first_sample"
-        " disable_sampling validation_config do_differential_guidance do_guidance_loss"
+        " disable_sampling validation_config do_differential_guidance do_guidance_loss min_snr_gamma"
     )
     | _silent(
         "cache_text_embeddings train_refiner sdp xformers text_encoder_lr refiner_lr embedding_lr adapter_lr"
@@ -182,7 +182,7 @@ TRAIN = (
     | _refused("linear_timesteps linear_timesteps2", "use timestep_type: weighted")
     | _refused("num_train_timesteps", "times are continuous", 1000)
     | _refused("next_sample_timesteps", "next_sample takes 8 steps", 8)
-    | _refused("min_snr_gamma snr_gamma learnable_snr_gos max_loss target_norm_std", _LOSS)
+    | _refused("snr_gamma learnable_snr_gos max_loss target_norm_std", _LOSS)
     | _refused("t0_loss_target t0_velocity_equiv_weight do_fft_loss correct_pred_norm", _LOSS)
     | _refused("loss_target", _LOSS, "noise")
     | _refused("latent_feature_extractor_path diffusion_feature_extractor_path", _LOSS)

@@ -37,6 +37,11 @@ def train_of(part: Part, arch: str, datasets: list[Part]) -> dict[str, Any]:
             f"{shown(part.raw('gradient_accumulation'))}: ai-toolkit adds the gradients up, Detour averages them; "
             "only max_grad_norm and the optimizer's eps can tell the difference",
         )
+    if part.number("min_snr_gamma", 0) > 0:
+        if arch in _NOISE_MODELS:
+            section["min_snr_gamma"] = part.value("min_snr_gamma")
+        else:
+            part.note("min_snr_gamma", "has no effect on a flow model in ai-toolkit either")
     if part.has("noise_scheduler"):
         section["noise_scheduler"] = part.value("noise_scheduler")
     if part.has("unload_text_encoder"):

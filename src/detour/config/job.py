@@ -273,6 +273,9 @@ class TrainConfig(Section):
     """`huber` is quadratic below `huber_delta` and linear above; `wavelet` compares Haar bands of the clean picture."""
     huber_delta: float = Field(default=0.1, gt=0)
     """Where `huber` turns linear."""
+    min_snr_gamma: float | None = Field(default=None, gt=0)
+    """Diffusion models (`ddpm`): limits the weight of times with little noise to this signal-to-noise ratio; 5 is the
+    usual choice. No effect on flow models is possible, so there it is an error."""
     reg_weight: float = Field(default=1.0, ge=0)
     """Further weight on the loss of regularisation sets."""
     dtype: ComputeType = "bf16"

@@ -20,9 +20,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from detour import UserError
+from detour.archs.base import Framing
 from detour.config.job import DatasetConfig
 from detour.data.cache import LATENTS, MASKS, TEXT, Keys, Store
-from detour.data.order import BatchPlan, Draw, Order, Position
+from detour.data.order import BatchPlan, Draw, Order, Position, transform_of
 
 if TYPE_CHECKING:
     from detour.archs.base import Condition
@@ -44,6 +45,7 @@ class Batch:
     names: list[str]
     """Of the pictures: the dataset's folder and the key."""
     prompts: list[str]
+    framings: list[Framing]
     is_reg: bool
     epoch: int
 
@@ -100,9 +102,15 @@ def load_batch(source: Source, plan: BatchPlan) -> Batch:
         else torch.stack([blank_1HW if m is None else m for m in masks]),
         names=[f"{config.folder_path.name}/{draw.item.picture.key}" for draw, config in pairs],
         prompts=[draw.prompt for draw in plan.draws],
+        framings=[_framing(draw, config) for draw, config in pairs],
         is_reg=plan.is_reg,
         epoch=plan.epoch,
     )
+
+
+def _framing(draw: Draw, config: DatasetConfig) -> Framing:
+    picture, cut = draw.item.picture, transform_of(draw.item, config, draw.crop)
+    return Framing(original=(picture.width, picture.height), crop=(cut.left, cut.top), size=(cut.width, cut.height))
 
 
 def batches(

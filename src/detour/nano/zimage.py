@@ -3,30 +3,29 @@
 Every part is of the real class (transformer, Qwen3, AutoencoderKL, Qwen2 tokenizer, flow scheduler), so that whatever
 works on it has gone through the same code as the 6 B model. Nothing is trained, but nothing is arbitrary either:
 the transformer is scaled so that every block takes part and a LoRA can make the loss fall; the text encoder keeps its
-word embeddings apart; the VAE is built by hand and gives back exact 8 x 8 block means (`_build_vae`).
+word embeddings apart; the VAE is built by hand and gives back exact 8 x 8 block means (`parts.build_vae`).
 
 Files are a pure function of the seed, byte for byte; the global random state is left as it was.
-Shapes: O out features, I in features, K kernel positions.
+Shapes: O out features, I in features.
 """
 
 from __future__ import annotations
 
 import math
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from detour import UserError
+from detour.nano import parts
 from detour.nn.rng import generator
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
-    from diffusers import AutoencoderKL, ZImageTransformer2DModel
-    from diffusers.models.autoencoders.vae import Decoder, Encoder
+    from diffusers import ZImageTransformer2DModel
     from transformers import PreTrainedTokenizerBase, Qwen3Model
 
 DTYPE = torch.bfloat16  # what the published weights are stored in
@@ -38,10 +37,6 @@ _PROJECTIONS = (
 )  # fmt: skip
 """The linear layers of a main block: the published training adapters hold a pair for each of them."""
 
-# The words of the drawn dataset and a few of everyday captions; each is one token, anything else is spelt in bytes.
-_TEXT = """a an the of on in at to and with photo picture drawing background top bottom left right centre middle corner
-red green blue yellow white black orange purple pink brown grey small large tiny big plain striped dotted circle square
-triangle cross diamond star ring zig cat dog person style"""
 _SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
 
 _CHAT_TEMPLATE = """\
@@ -56,35 +51,26 @@ _CHAT_TEMPLATE = """\
 {%- endif %}"""
 
 
-def write(folder: Path, *, seed: int = 0) -> None:
-    """Write the miniature into `folder` in the diffusers layout, ready for `from_pretrained`."""
+def write(folder: Path, arch: str = "zimage", variant: str = "", *, seed: int = 0) -> None:
+    """Write the miniature into `folder` in the diffusers layout, ready for `from_pretrained`.
+
+    Its variants are of one structure.
+    """
+    if arch != "zimage" or variant not in ("", "turbo", "base", "deturbo"):
+        raise UserError(f"detour nano: {arch}:{variant} is not known here; allowed: zimage and its variants")
     from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline
 
     with torch.random.fork_rng(devices=[]):  # constructors draw initial weights, all of which are replaced
         tokenizer = _build_tokenizer()
         pipeline = ZImagePipeline(
             scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=3.0),
-            vae=_build_vae().to(DTYPE),
+            vae=parts.build_vae(16, scaling=SCALING, shift=SHIFT).to(DTYPE),
             text_encoder=_build_text_encoder(len(tokenizer), seed).to(DTYPE),
             tokenizer=tokenizer,
             transformer=_build_transformer(seed).to(DTYPE),
         )
-    with _without_bars():
+    with parts.without_bars():
         pipeline.save_pretrained(folder)
-
-
-@contextmanager
-def _without_bars() -> Iterator[None]:
-    """No progress bar of transformers' for a file that is written in a millisecond."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def write_adapter(path: Path, folder: Path, rank: int = 4, seed: int = 0, scale: float = 0.1) -> None:
@@ -154,7 +140,7 @@ def _build_tokenizer() -> PreTrainedTokenizerBase:
     # Sorted, because the alphabet comes as a set. A word after a space starts with the byte-level sign for the space.
     tokens = dict.fromkeys(sorted(ByteLevel.alphabet()))
     merges: dict[tuple[str, str], None] = {}
-    for word in _TEXT.split():
+    for word in parts.WORDS:
         spelling = "Ġ" + word
         for end in range(2, len(spelling) + 1):
             merges[spelling[: end - 1], spelling[end - 1]] = None
@@ -186,7 +172,7 @@ def _build_text_encoder(vocabulary: int, seed: int) -> Qwen3Model:
         architectures=["Qwen3Model"],
     )
     model = Qwen3Model(config).eval()
-    for name, parameter, draw in _drawn(model, seed, "text"):
+    for name, parameter, draw in parts.drawn(model, "nano zimage", seed, "text"):
         if "norm" in name:
             nn.init.ones_(parameter)
         elif "embed_tokens" in name:
@@ -212,7 +198,7 @@ def _build_transformer(seed: int) -> ZImageTransformer2DModel:
         axes_dims=[8, 12, 12],  # the real 32, 48, 48, a quarter of it; the sum is the width of a head
         axes_lens=[1024, 512, 512],
     ).eval()
-    for name, parameter, draw in _drawn(model, seed, "transformer"):
+    for name, parameter, draw in parts.drawn(model, "nano zimage", seed, "transformer"):
         if "pad_token" in name:
             parameter.copy_(draw)
         elif name.endswith("adaLN_modulation.0.bias"):  # scale, gate, scale, gate: of attention, then of feed-forward
@@ -225,109 +211,3 @@ def _build_transformer(seed: int) -> ZImageTransformer2DModel:
             gain = 0.5 if "all_final_layer" in name or "adaLN_modulation" in name else 1.0
             parameter.copy_(draw * gain / math.sqrt(parameter.shape[-1]))
     return model
-
-
-def _drawn(model: nn.Module, seed: int, part: str) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
-    """Each parameter with normal numbers of its own, which depend on its name and not on the order of construction."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            yield name, parameter, torch.randn(parameter.shape, generator=generator(seed, "nano zimage", part, name))
-
-
-_LOUD = 256.0
-"""Carried by some channels of the hand-made VAE: it makes a group norm's standard deviation a constant (see below)."""
-
-
-def _build_vae() -> AutoencoderKL:
-    """An AutoencoderKL that computes, exactly: latents = block means and Haar details; decoding = the block means.
-
-    Three stride-2 convolutions average 2 x 2 each; the last also keeps the nine Haar details of the 4 x 4 means.
-    Latents 0-2 are the red, green, blue of an 8 x 8 block, 3-11 the details, 12-15 zero, scaled so that pictures have
-    latents of about unit variance. The decoder repeats the first three. Residual branches and attention are switched
-    off (their last layer is zero). The two unavoidable group norms and SiLUs are undone: with channels (x, -x, k, -k)
-    and k = 256 the mean is 0 and the deviation is constant to 1e-4, and silu(y) - silu(-y) = y.
-    """
-    from diffusers import AutoencoderKL
-
-    model = AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * 4,
-        up_block_types=["UpDecoderBlock2D"] * 4,
-        block_out_channels=[8, 8, 16, 32],
-        layers_per_block=1,
-        latent_channels=16,
-        norm_num_groups=1,
-        scaling_factor=SCALING,
-        shift_factor=SHIFT,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        force_upcast=True,
-        mid_block_add_attention=True,
-    ).eval()
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, (nn.Conv2d, nn.Linear)):
-                nn.init.zeros_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        _wire_encoder(model.encoder)
-        _wire_decoder(model.decoder)
-    return model
-
-
-_GAINS = [4.0] * 3 + [8.0] * 9
-"""Latents before `SCALING` for a block mean and a detail of 1."""
-
-
-def _wire_encoder(encoder: Encoder) -> None:
-    _copy(encoder.conv_in, range(3))
-    for block in encoder.down_blocks[:2]:
-        for color in range(3):
-            block.downsamplers[0].conv.weight[color, color, :2, :2] = 0.25
-    _copy(encoder.down_blocks[2].resnets[0].conv_shortcut, range(3))
-    haar_4KK = torch.tensor([[[1, 1], [1, 1]], [[1, -1], [1, -1]], [[1, 1], [-1, -1]], [[1, -1], [-1, 1]]]) / 4
-    for kind in range(4):
-        for color in range(3):
-            encoder.down_blocks[2].downsamplers[0].conv.weight[3 * kind + color, color, :2, :2] = haar_4KK[kind]
-    _pair(encoder.down_blocks[3].resnets[0].conv_shortcut, 12)
-    _unpair(encoder.conv_norm_out, encoder.conv_out, _GAINS)
-    encoder.conv_out.bias[:16] = SHIFT
-    encoder.conv_out.bias[16:] = -20.0  # log variance: posterior samples are the mean
-
-
-def _wire_decoder(decoder: Decoder) -> None:
-    for color in range(3):
-        decoder.conv_in.weight[color, color, 1, 1] = 1 / _GAINS[color]
-        decoder.conv_in.bias[color] = -SHIFT / _GAINS[color]
-    for block in decoder.up_blocks[1:3]:
-        _copy(block.resnets[0].conv_shortcut, range(3))
-    for block in decoder.up_blocks[:2]:
-        _copy(block.upsamplers[0].conv, range(3))
-    _pair(decoder.up_blocks[2].upsamplers[0].conv, 3)
-    _unpair(decoder.conv_norm_out, decoder.conv_out, [1.0] * 3)
-
-
-def _copy(conv: nn.Conv2d, channels: range) -> None:
-    middle = conv.kernel_size[0] // 2
-    for channel in channels:
-        conv.weight[channel, channel, middle, middle] = 1.0
-
-
-def _pair(conv: nn.Conv2d, count: int) -> None:
-    """Outputs: `count` channels, their negatives, then the loud channels, half of each sign."""
-    middle = conv.kernel_size[0] // 2
-    for channel in range(count):
-        conv.weight[channel, channel, middle, middle] = 1.0
-        conv.weight[count + channel, channel, middle, middle] = -1.0
-    loud = torch.tensor([_LOUD, -_LOUD]).repeat((conv.out_channels - 2 * count) // 2)
-    conv.bias = nn.Parameter(torch.cat([torch.zeros(2 * count), loud]))
-
-
-def _unpair(norm: nn.GroupNorm, conv: nn.Conv2d, gains: list[float]) -> None:
-    """Undo the norm's division, drop the loud channels, and take the difference of each pair."""
-    count = len(gains)
-    loud = norm.num_channels - 2 * count
-    nn.init.zeros_(norm.weight)
-    norm.weight[: 2 * count] = _LOUD * math.sqrt(loud / norm.num_channels)
-    for channel, gain in enumerate(gains):
-        conv.weight[channel, channel, 1, 1] = gain
-        conv.weight[channel, count + channel, 1, 1] = -gain

@@ -6,6 +6,7 @@ Time t is in [0, 1]: 0 is clean, 1 is noise; z_t = (1 - t) z_0 + t eps, target v
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -29,6 +30,27 @@ def noisy(z0: Tensor, eps: Tensor, t_B: Tensor) -> Tensor:
 def velocity(z0: Tensor, eps: Tensor) -> Tensor:
     """The derivative of z_t by t: v = eps - z_0, the same at every t of one pair."""
     return eps - z0
+
+
+@dataclass(frozen=True, slots=True)
+class FlowMatching:
+    """The noise of flow models, with the same methods as `nn.ddpm.Diffusion`."""
+
+    def times(self, t_B: Tensor) -> Tensor:
+        """Every time can be trained."""
+        return t_B
+
+    def noisy(self, z0: Tensor, eps: Tensor, t_B: Tensor) -> Tensor:
+        """The state z_t."""
+        return noisy(z0, eps, t_B)
+
+    def target(self, z0: Tensor, eps: Tensor, t_B: Tensor) -> Tensor:
+        """What the model should predict."""
+        return velocity(z0, eps)
+
+    def weights(self, t_B: Tensor) -> Tensor:
+        """All alike."""
+        return torch.ones_like(t_B)
 
 
 def clean_from(z: Tensor, v: Tensor, t_B: Tensor) -> Tensor:

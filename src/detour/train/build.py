@@ -23,6 +23,7 @@ from detour.lora_formats import unsupported
 from detour.nn import lora, quant, training_adapter
 from detour.train import checkpoint, optim
 from detour.train.ema import Ema
+from detour.train.objective import Task
 from detour.train.run import Preview, Run
 from detour.train.timesteps import check_times
 
@@ -68,7 +69,7 @@ def gather(process: TrainProcess, sink: Sink) -> Inputs:
     spec = arch.spec
     for message in [*archs.advice(process), *optim.optimizer_advice(process.train)]:
         sink.emit(WarningEvent(step=None, message=message))
-    check_times(process.train, spec.shift)
+    check_times(process.train, spec.shift_at((64, 64)))
     _check_formats(process)
     device = pick_device(process.device)
 
@@ -123,14 +124,14 @@ def build(inputs: Inputs, folder: Path, name: str, job_yaml: str, sink: Sink) ->
     store = cache.Store(settings.cache_folder or cache.default_root())
     models = _Models(inputs, store, dtype)
     epochs, total_steps = _length(process, inputs.training)
-    prompts = {prompt for request in inputs.requests for prompt in request.prompts()}
+    prompts = {prompt for request in inputs.requests for prompt in request.prompts(arch.spec)}
     orders = [inputs.training] + ([inputs.validation] if inputs.validation else [])
     lengths = prepare(orders, epochs, prompts, models.encoders(), store, sink)
     training = replace(inputs.training, lengths=lengths, text_multiple=arch.spec.text_multiple)
     if settings.epochs is not None:
         batches_in_all = sum(training.count(epoch) for epoch in range(settings.epochs))
         total_steps = max(1, -(-batches_in_all // settings.gradient_accumulation))
-    previews = [Preview(r, [_condition(store, models.keys, p) for p in r.prompts()]) for r in inputs.requests]
+    previews = [Preview(r, [_condition(store, models.keys, p) for p in r.prompts(arch.spec)]) for r in inputs.requests]
     vae = models.vae()
     models.release()
 
@@ -145,6 +146,7 @@ def build(inputs: Inputs, folder: Path, name: str, job_yaml: str, sink: Sink) ->
     lora.train_mode(denoiser, True)
 
     trainable = lora.trainable(denoiser)
+    scheduler = arch.load_scheduler(inputs.source, archs.variant_of(process)[1].scheduler)
     source = Source(store, models.keys, training.datasets, settings.reg_weight)
     return Run(
         name=name,
@@ -152,11 +154,12 @@ def build(inputs: Inputs, folder: Path, name: str, job_yaml: str, sink: Sink) ->
         process=process,
         job_yaml=job_yaml,
         arch=arch,
+        task=Task.of(arch, scheduler, settings),
         device=device,
         sink=sink,
         denoiser=denoiser,
         vae=vae,
-        scheduler=arch.load_scheduler(inputs.source),
+        scheduler=scheduler,
         adapter=inputs.adapter,
         text=models.text,
         trainable=trainable,
@@ -310,16 +313,21 @@ class _Models:
 
     def _keys(self, store: cache.Store) -> cache.Keys:
         source, model, spec = self._inputs.source, self._inputs.process.model, self._inputs.arch.spec
-        text_parts = [part for part in spec.components if part.startswith(("text_encoder", "tokenizer"))]
+
+        def places(*kinds: str) -> list[Path]:
+            parts = [part for part in spec.components if part.startswith(kinds)]
+            file = source.single_file if set(parts) & set(spec.bundled) else None
+            return [source.component(part) for part in parts] + ([file] if file is not None else [])
+
         text = cache.identity(
             store.root,
-            [source.component(part) for part in text_parts],
+            places("text_encoder", "tokenizer"),
             spec.name,  # architectures may share encoders but not how they ask them
             str(self._dtype),
             str(model.qtype_te if model.quantize_te else None),
             spec.text_tokens,
         )
-        vae = cache.identity(store.root, [source.component("vae")], str(self._vae_dtype))
+        vae = cache.identity(store.root, places("vae"), str(self._vae_dtype))
         return cache.Keys(vae=vae, text=text, spatial_factor=spec.spatial_factor)
 
     def encoders(self) -> Encoders:
@@ -360,6 +368,7 @@ def _load_denoiser(inputs: Inputs, dtype: torch.dtype, sink: Sink) -> nn.Module:
         inputs.device,
         quantizer=_quantizer(model.qtype if model.quantize else None, arch.spec.quantize_exclude, inputs.device),
         patch=adapter.patch if adapter is not None and adapter.mode == "merged" else None,
+        keep_float32=arch.spec.keep_float32,
     )
     weights.materialise(inputs.denoiser, arch.denoiser_tensors(inputs.source), placement, where=inputs.source.name)
     sink.emit(StageEvent(name="model", done=1, total=1))

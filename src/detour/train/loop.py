@@ -17,7 +17,7 @@ from detour import UserError
 from detour.events import StepEvent, StopEvent, WarningEvent
 from detour.seeds import seed_for
 from detour.train import optim
-from detour.train.objective import flow_loss
+from detour.train.objective import training_loss
 from detour.train.schedule import lr_at, set_lr
 
 if TYPE_CHECKING:
@@ -125,7 +125,8 @@ def train_step(run: Run, progress: Progress) -> Outcome:
         if run.process.network.dropout:  # the one draw from torch's own generator; seeding it is not free
             torch.manual_seed(seed_for(settings.seed, "dropout", progress.step, micro))
         with run.mixed_precision():
-            out = flow_loss(run.arch, run.denoiser, batch.to(run.device), settings, settings.seed, progress.step, micro)
+            place = (settings.seed, progress.step, micro)
+            out = training_loss(run.task, run.denoiser, batch.to(run.device), settings, *place)
         (out.loss / settings.gradient_accumulation).backward()  # type: ignore[no-untyped-call]
         losses.append(out.per_sample_B)
         times.append(out.t_B)

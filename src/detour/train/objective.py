@@ -1,6 +1,7 @@
-"""What is minimised: the flow-matching loss of one micro-batch, and the validation loss.
+"""What is minimised: the loss of one micro-batch, and the validation loss.
 
-Shapes: B batch, C channels, H W latent height and width. Time t is in [0, 1]: 0 is clean, 1 is noise.
+Shapes: B batch, C channels, H W latent height and width (of video: C F H W, F frames). Time t is in [0, 1]: 0 is clean,
+1 is noise.
 States, targets and losses are float32 whatever the model computes in.
 """
 
@@ -9,13 +10,15 @@ from __future__ import annotations
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import fsum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from detour.nn.flow import haar, noisy, over, velocity
+from detour.config.job import TrainConfig
+from detour.nn.ddpm import Diffusion
+from detour.nn.flow import FlowMatching, haar, over
 from detour.nn.rng import generator
 from detour.train.timesteps import draw_times, state_times
 
@@ -24,9 +27,38 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from detour.archs.base import Arch
-    from detour.config.job import TrainConfig
+    from detour.archs.base import Arch, Scheduler
     from detour.data.loader import Batch
+
+
+class Noising(Protocol):
+    """How a model's states are noised and what it should predict: `FlowMatching` or `Diffusion`. States and times are
+    tensors over a batch; of `times` are those that can be trained at or below what was drawn."""
+
+    def times(self, t_B: Tensor) -> Tensor: ...
+    def noisy(self, z0: Tensor, eps: Tensor, t_B: Tensor) -> Tensor: ...
+    def target(self, z0: Tensor, eps: Tensor, t_B: Tensor) -> Tensor: ...
+    def weights(self, t_B: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What is trained: an architecture's prediction, under the noise that belongs to its weights."""
+
+    arch: Arch
+    noising: Noising
+
+    @classmethod
+    def of(cls, arch: Arch, scheduler: Scheduler, config: TrainConfig) -> Task:
+        """The task of an architecture whose weights came with that scheduler."""
+        flow = arch.spec.objective == "flow"
+        return cls(arch, FlowMatching() if flow else Diffusion.of(scheduler, config.min_snr_gamma))
+
+    def predict(self, denoiser: nn.Module, z: Tensor, t_B: Tensor, batch: Batch) -> Tensor:
+        """The model's prediction for a batch's captions and framings, float32."""
+        told = [self.arch.picture_condition(framing, None) for framing in batch.framings]
+        conditions = [caption | picture for caption, picture in zip(batch.conditions, told, strict=True)]
+        return self.arch.predict(denoiser, z, t_B, conditions).float()
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +73,9 @@ class LossOut:
     """The times that were trained."""
 
 
+_PLAIN = TrainConfig(loss_type="mse")
+
+
 def noise_like(latents_BCHW: Tensor, seed: int, step: int, micro: int) -> Tensor:
     """Standard normal float32 noise of that shape, on its device.
 
@@ -51,51 +86,53 @@ def noise_like(latents_BCHW: Tensor, seed: int, step: int, micro: int) -> Tensor
     return torch.stack(places).to(latents_BCHW.device)
 
 
-def flow_loss(
-    arch: Arch, denoiser: nn.Module, batch: Batch, config: TrainConfig, seed: int, step: int, micro: int
+def training_loss(
+    task: Task, denoiser: nn.Module, batch: Batch, config: TrainConfig, seed: int, step: int, micro: int
 ) -> LossOut:
     """The loss of micro-batch `micro` of `step`: the mean over pictures of weight x mean over C, H, W of the error.
 
-    A picture's weight is the batch's (`loss_weight`, `reg_weight`), times that of its time (`weighted`).
+    A picture's weight is the batch's (`loss_weight`, `reg_weight`), times that of its time (`weighted`, min-SNR).
     """
     z0 = batch.latents_BCHW.float()
     eps = noise_like(z0, seed, step, micro)
-    draw = (config, arch.spec.shift, len(z0), seed, step, micro)
+    shift = task.arch.spec.shift_at((z0.shape[-2], z0.shape[-1]))
+    draw = (config, shift, len(z0), seed, step, micro)
     times, time_weights = draw_times(*draw)
-    t_B = times.to(z0.device)
+    t_B = task.noising.times(times).to(z0.device)
     start = state_times(*draw)
     if start is None:
-        z, target = noisy(z0, eps, t_B), velocity(z0, eps)
+        z, target = task.noising.noisy(z0, eps, t_B), task.noising.target(z0, eps, t_B)
     else:
-        z, target = _next_sample(arch, denoiser, batch, (z0, eps), (start.to(z0.device), t_B))
-    prediction = arch.predict(denoiser, z, t_B, batch.conditions)
+        z, target = _next_sample(task, denoiser, batch, eps, (start.to(z0.device), t_B))
+    prediction = task.predict(denoiser, z, t_B, batch)
     per_sample_B = sample_loss(prediction, target, config, batch.masks_B1HW)
-    weight_B = batch.weights_B * time_weights.to(z0.device)
+    weight_B = batch.weights_B * time_weights.to(z0.device) * task.noising.weights(t_B)
     return LossOut((weight_B * per_sample_B).mean(), per_sample_B.detach(), t_B)
 
 
 def _next_sample(
-    arch: Arch, denoiser: nn.Module, batch: Batch, pair: tuple[Tensor, Tensor], times: tuple[Tensor, Tensor]
+    task: Task, denoiser: nn.Module, batch: Batch, eps: Tensor, times: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """State and target of `timestep_type: next_sample`: a state that the model itself steps to.
+    """State and target of `timestep_type: next_sample`: a state that the model itself steps to. Flow models only.
 
     From z at the first time, an Euler step with the model's own prediction (no gradient) goes to the second. That state
     is off the line between z_0 and eps, so the target is the velocity that leads from it to z_0, (z - z_0) / t: the
     eps - z_0 of the noise that would have given this state, as ai-toolkit has it. For a model that predicts eps - z_0
     exactly both are the same. The least of these times is far from 0 (.3 at shift 3), so the division is safe.
     """
-    (z0, eps), (start_B, t_B) = pair, times
+    z0, (start_B, t_B) = batch.latents_BCHW.float(), times
     with torch.no_grad():
-        z = noisy(z0, eps, start_B)
-        z = z + over(t_B - start_B, z) * arch.predict(denoiser, z, start_B, batch.conditions).float()
+        z = task.noising.noisy(z0, eps, start_B)
+        z = z + over(t_B - start_B, z) * task.predict(denoiser, z, start_B, batch)
     return z, (z - z0) / over(t_B, z)
 
 
 def sample_loss(prediction: Tensor, target: Tensor, config: TrainConfig, mask_B1HW: Tensor | None = None) -> Tensor:
     """Each picture's error by `loss_type`, the mean over its elements in float32 (B). `mask` multiplies the elements.
 
-    `wavelet` is the squared error of the Haar bands of the clean picture. The clean picture read from a prediction is
-    eps - v, so the error in it is target - prediction; the transform is linear, so its bands are taken of that. They
+    `wavelet` is the squared error of the Haar bands of the clean picture. The clean picture read from a flow model's
+    prediction is eps - v, so the error in it is target - prediction; the transform is linear, so its bands are taken of
+    that (of a diffusion model's error likewise: it is the clean picture's, scaled by a number of the noise level). They
     are orthonormal and count alike: with even sides and no mask the loss is that of `mse`, up to rounding (Parseval).
     """
     prediction, target = prediction.float(), target.float()
@@ -104,20 +141,20 @@ def sample_loss(prediction: Tensor, target: Tensor, config: TrainConfig, mask_B1
     elif config.loss_type == "huber":
         error = F.huber_loss(prediction, target, reduction="none", delta=config.huber_delta)
     elif config.loss_type == "wavelet":
-        error = haar(target - prediction).square()
+        error = haar((target - prediction).flatten(0, -4)).square()  # the frames of a clip one by one
     else:
         error = (prediction - target).square()
     if mask_B1HW is not None:
         mask = mask_B1HW.to(error)
         if config.loss_type == "wavelet":
             mask = F.avg_pool2d(mask, 2, ceil_mode=True)
-        error = error * mask
-    return error.flatten(1).mean(1)
+        error = error * (mask if mask.ndim == error.ndim else mask.unsqueeze(2))
+    return error.reshape(len(target), -1).mean(1)
 
 
 @torch.no_grad()
 def validation_loss(
-    arch: Arch, denoiser: nn.Module, batches: Iterable[Batch], times: Sequence[float], seed: int
+    task: Task, denoiser: nn.Module, batches: Iterable[Batch], times: Sequence[float], seed: int
 ) -> tuple[float, dict[str, float]]:
     """The plain (mse, unweighted, masked) loss at fixed times: its mean, and by time (keys such as "0.25").
 
@@ -131,10 +168,10 @@ def validation_loss(
             noise = [torch.randn(z0.shape[1:], generator=generator(seed, "validation", name)) for name in batch.names]
             eps = torch.stack(noise).to(z0.device)
             for t in times:
-                t_B = torch.full((len(z0),), t, device=z0.device)
-                error = arch.predict(denoiser, noisy(z0, eps, t_B), t_B, batch.conditions).float() - velocity(z0, eps)
-                masked = error.square() if batch.masks_B1HW is None else error.square() * batch.masks_B1HW.to(error)
-                losses[f"{t:g}"] += masked.flatten(1).mean(1).tolist()
+                t_B = task.noising.times(torch.full((len(z0),), t)).to(z0.device)
+                prediction = task.predict(denoiser, task.noising.noisy(z0, eps, t_B), t_B, batch)
+                target = task.noising.target(z0, eps, t_B)
+                losses[f"{t:g}"] += sample_loss(prediction, target, _PLAIN, batch.masks_B1HW).tolist()
     if not any(losses.values()):
         raise ValueError("validation_loss needs at least one picture and one time")
     by_time = {key: fsum(values) / len(values) for key, values in losses.items()}

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from detour.nn.training_adapter import TrainingAdapter
     from detour.train.ema import Ema
     from detour.train.loop import Progress
+    from detour.train.objective import Task
 
 STEP_DIGITS = 9  # `<name>-000000250.safetensors`, sorted by name as by step
 
@@ -52,6 +53,7 @@ class Run:
     process: TrainProcess
     job_yaml: str
     arch: Arch
+    task: Task
     device: torch.device
     sink: Sink
     denoiser: nn.Module
@@ -215,7 +217,7 @@ class Run:
         times, seed = self.process.validation.times, self.process.train.seed
         held = [batch.to(self.device) for batch in self.validation]
         with self.as_deployed(), self.mixed_precision():
-            mean, by_time = validation_loss(self.arch, self.denoiser, held, times, seed)
+            mean, by_time = validation_loss(self.task, self.denoiser, held, times, seed)
         self.sink.emit(ValidationEvent(step=step, loss=mean, by_time=by_time))
 
     def draw_previews(self, step: int) -> None:
