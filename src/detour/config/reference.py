@@ -26,7 +26,7 @@ SCHEMA_COMMAND = "python -m detour.config.reference schema > docs/job.schema.jso
 _INTRO = f"""\
 # Options of a job file
 
-<!-- Written by `{COMMAND}`; change the schema in src/detour/config/job.py instead. -->
+<!-- Written by `{COMMAND}`; change the schema in src/detour/config/ instead. -->
 
 A job file is YAML (1.2). Its shape:
 
