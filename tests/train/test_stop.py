@@ -21,7 +21,8 @@ from command import detour
 from detour import UserError
 from detour.cli import STOPPED
 from detour.events import Event, read_events
-from detour.train.control import Control, request
+from detour.steering import request
+from detour.train.control import Control
 from detour.train.session import run_job
 from miniature import NAME, Recorder, World, child_main, files_of, job, job_file, newest, run, start, state_of
 

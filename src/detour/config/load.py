@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from detour import UserError, files
 from detour.config import aitoolkit
-from detour.config.document import Document, JobError, Mistake, Problem, apply_override, parse, read
+from detour.config.document import MAX_BYTES, Document, JobError, Mistake, Problem, apply_override, parse, read
 from detour.config.explain import check, lookup
 from detour.config.job import Job
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-    from pathlib import Path
 
     from detour.config.document import Key
 
-__all__ = ["JobError", "Loaded", "Mistake", "changed_options", "dump_job", "json_schema", "load_job"]
+__all__ = [
+    "JobError", "Loaded", "Mistake",
+    "changed_options", "dump_job", "json_schema", "load_job", "load_text", "run_folder",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,23 @@ def load_job(path: Path, overrides: Sequence[str] = ()) -> Loaded:
 
     Raises `JobError` with every mistake, or another `UserError` when the file cannot be read at all.
     """
-    document = read(path)
+    return _load(read(path), path, overrides)
+
+
+def load_text(text: str, name: str = "job.yaml") -> Loaded:
+    """As `load_job`, for text that is at hand. `name` stands before the lines in messages."""
+    if (size := len(text.encode(errors="surrogatepass"))) > MAX_BYTES:
+        raise UserError(f"{name}: {size} bytes are too many for a job file (at most {MAX_BYTES})")
+    return _load(parse(text, name), Path(name), ())
+
+
+def run_folder(job: Job, index: int = 0) -> Path:
+    """Where process `index` of a job leaves its files: `<output_folder>/<output_name>`, `..._2` for the second."""
+    name = files.safe_name(job.config.output_name)
+    return job.config.output_folder / (name if index == 0 else f"{name}_{index + 1}")
+
+
+def _load(document: Document, path: Path, overrides: Sequence[str]) -> Loaded:
     for override in overrides:
         apply_override(document, override)
     problems, notes, origins, data = list(document.problems), [], {}, document.data

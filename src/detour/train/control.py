@@ -9,11 +9,11 @@ from __future__ import annotations
 import signal
 from typing import TYPE_CHECKING
 
+from detour import steering
+
 if TYPE_CHECKING:
     from pathlib import Path
     from types import FrameType
-
-REQUESTS = ("stop", "save", "sample")
 
 
 class Control:
@@ -39,11 +39,13 @@ class Control:
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         name = signal.Signals(number).name
-        if self.stop_reason is not None:
-            raise KeyboardInterrupt(f"second request to stop ({name})")
+        second = self.stop_reason is not None
+        # Set before anything is raised: what a library's destructor swallows still stops the run at its first step.
+        self.stop_reason = self.stop_reason or f"{name} received"
         if not self._training:
             raise KeyboardInterrupt(f"{name} before the first step")
-        self.stop_reason = f"{name} received"
+        if second:
+            raise KeyboardInterrupt(f"second request to stop ({name})")
 
     def poll(self, step: int) -> set[str]:
         """Requests that came since the last call. Their files are removed; a stop is remembered."""
@@ -60,18 +62,4 @@ class Control:
         self._take()
 
     def _take(self) -> set[str]:
-        folder = self.folder / "requests" if self.folder is not None else None
-        if folder is None or not folder.is_dir():
-            return set()
-        found = {path.name for path in folder.iterdir() if path.name in REQUESTS}
-        for name in found:
-            (folder / name).unlink(missing_ok=True)
-        return found
-
-
-def request(folder: Path, name: str) -> None:
-    """Ask the run in `folder` to `stop`, `save` or `sample` at its next step."""
-    assert name in REQUESTS, name
-    target = folder / "requests"
-    target.mkdir(parents=True, exist_ok=True)
-    (target / name).touch()
+        return steering.take(self.folder) if self.folder is not None else set()

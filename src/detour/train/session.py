@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 from detour import UserError, archs, files
-from detour.config.load import changed_options, dump_job
+from detour.config.load import changed_options, dump_job, run_folder
 from detour.events import EndEvent, JsonlSink, StartEvent, Tee, WarningEvent
 from detour.trackers import open_trackers
 from detour.train import build, checkpoint
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from detour.train.run import Run
 
 _NO_INFLUENCE = re.compile(
-    r"(process\[\d+\]\.)?(config\.output_\w+|(meta|sample|save|logging)\b[^:]*"
+    r"(process\[\d+\]\.)?(config\.output_\w+|(meta|sample|save|logging|preserve\.drift)\b[^:]*"
     r"|train\.(num_workers|cache_folder|dataset_folder|unload_text_encoder|max_bad_steps|save_every_n_epochs)"
     r"|validation\.(validate_every|times|max_images|dataset\b[^:]*)"
     r"|datasets\[\d+\]\.(folder_path|mask_path|captions_file|bad_images)): "
@@ -64,12 +64,6 @@ class _Warnings:
 
     def close(self) -> None:
         """Nothing is open."""
-
-
-def run_folder(job: Job, index: int = 0) -> Path:
-    """Where process `index` of a job leaves its files: `<output_folder>/<output_name>`, `..._2` for the second."""
-    name = files.safe_name(job.config.output_name)
-    return job.config.output_folder / (name if index == 0 else f"{name}_{index + 1}")
 
 
 def run_job(job: Job, control: Control, sink: Sink, *, fresh: bool = False) -> list[Result]:
