@@ -164,11 +164,11 @@ class Seen:
 @contextmanager
 def traced() -> Iterator[list[Seen]]:
     """The micro-batches that runs inside train on, in order."""
-    from detour.train import loop, objective
+    from detour.train import objective, preserve
 
     found: list[Seen] = []
     noises: list[str] = []
-    training_loss, noise_like = loop.training_loss, objective.noise_like
+    training_loss, noise_like = preserve.training_loss, objective.noise_like
 
     def noise(*args: Any) -> torch.Tensor:
         noises.append(digest(drawn := noise_like(*args)))
@@ -191,7 +191,7 @@ def traced() -> Iterator[list[Seen]]:
         return out
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "training_loss", loss)
+        patch.setattr(preserve, "training_loss", loss)
         patch.setattr(objective, "noise_like", noise)
         yield found
 

@@ -14,7 +14,7 @@ from archs import ROWS, Row
 from detour import UserError, archs
 from detour.archs.base import Framing
 from detour.config.job import ModelArch
-from detour.sample import Request, denoise, initial_noise, to_picture
+from detour.sample import Request, denoise, initial_noise, to_frames
 from detour.weights import ModelSource, Placement, find_model, materialise
 
 CPU = torch.device("cpu")
@@ -26,14 +26,11 @@ class Loaded:
     """A row's miniature, loaded by this project and by diffusers."""
 
     def __init__(self, row: Row, folder: Path) -> None:
-        import diffusers
-
         row.write(folder)
         self.arch = archs.get(row.name)
         spec = self.arch.spec
         self.source: ModelSource = find_model(str(folder), components=spec.components, denoiser=spec.denoiser)
-        self.pipeline = getattr(diffusers, row.pipeline).from_pretrained(folder, dtype=torch.float32)
-        self.pipeline.set_progress_bar_config(disable=True)
+        self.pipeline = row.load_pipeline(folder)
         self.denoiser = self.load(Placement(torch.float32, CPU))
         self.text = self.arch.load_text_encoders(self.source, Placement(torch.float32, CPU))
         self.vae = self.arch.load_vae(self.source, torch.float32, CPU)
@@ -155,7 +152,7 @@ def test_draws_what_the_pipeline_draws(row: Row, loaded: Loaded, size: tuple[int
     off = ((ours - theirs).abs().max() / theirs.abs().max()).item()
     assert off <= row.tolerance, off
     assert ours.std() > 0.1
-    picture = to_picture(loaded.arch, loaded.vae, ours)
+    (picture,) = to_frames(loaded.arch, loaded.vae, ours)
     assert picture.size == size
 
 
@@ -179,7 +176,8 @@ def test_the_true_field_leads_back_to_the_clean_picture(row: Row, loaded: Loaded
 @rows
 def test_pictures_to_latents_and_back(loaded: Loaded) -> None:
     spec = loaded.arch.spec
-    pixels = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    shape = (2, 3, 64, 96) if spec.frame_factor is None else (2, 3, 1, 64, 96)
+    pixels = torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
     latents = loaded.arch.encode_images(loaded.vae, pixels)
     assert latents.shape == (2, *spec.latent_shape(96, 64))
     assert latents.dtype == torch.float32 and not latents.requires_grad
@@ -222,7 +220,10 @@ def test_prediction_is_float32_and_lets_gradients_through(loaded: Loaded) -> Non
 
 
 @rows
-def test_guidance_of_one_changes_nothing(loaded: Loaded) -> None:
+def test_guidance_of_one_changes_nothing(row: Row, loaded: Loaded) -> None:
     positive, negative = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0)).unbind(0)
     assert torch.equal(loaded.arch.guided(positive, negative, 1.0), positive)
-    torch.testing.assert_close(loaded.arch.guided(positive, negative, 3.0), negative + 3.0 * (positive - negative))
+    expected = negative + 3.0 * (positive - negative)
+    if row.guidance_keeps_length:
+        expected *= positive.norm(dim=-1, keepdim=True) / expected.norm(dim=-1, keepdim=True)
+    torch.testing.assert_close(loaded.arch.guided(positive, negative, 3.0), expected)

@@ -13,8 +13,8 @@ import lora_cases as cases
 from detour import UserError
 from detour.archs.zimage import SPEC
 from detour.export import convert, read_lora, write_lora
-from detour.export.families import count_by_family, guess
 from detour.nn import lora as peft_layers
+from detour.nn.families import count_by_family, guess
 
 Q, K = "layers.0.attention.to_q", "layers.0.attention.to_k"
 METADATA = {"modelspec.title": "x", "ss_network_dim": "4", "other": "ü"}
@@ -184,6 +184,29 @@ def test_alpha_under_diffusers_names_is_said_to_be_comfys(save: Callable[..., Pa
     assert "diffusers itself refuses" in lora.notes[0]
 
 
+@pytest.mark.parametrize("stem", ["diffusion_model.layers.1.attention.{}", "lora_unet_layers_1_attention_{}"])
+@pytest.mark.parametrize("known", [False, True])
+def test_layers_that_are_one_in_the_original_layout_are_taken_apart(
+    save: Callable[..., Path], tmp_path: Path, stem: str, known: bool
+) -> None:
+    """Trained on the model in its original layout, as kohya's programs do: `attention.qkv` is q, k and v."""
+    qkv, out = stem.format("qkv"), stem.format("out")
+    tensors = pair(qkv, out=3 * 48, down="lora_down", up="lora_up") | alpha(qkv, 1.0)
+    tensors |= pair(out, down="lora_down", up="lora_up") | alpha(out, 2.0)
+    lora = read_lora(save(tensors), SPEC, cases.shapes() if known else None)
+    names = [f"layers.1.attention.to_{part}" for part in "qkv"]
+    assert set(lora.modules) == {*names, "layers.1.attention.to_out.0"}
+    changes = [
+        lora.scale(name) * lora.tensors[f"{name}.lora_B.weight"] @ lora.tensors[f"{name}.lora_A.weight"]
+        for name in names
+    ]
+    torch.testing.assert_close(
+        torch.cat(changes), 0.5 * tensors[f"{qkv}.lora_up.weight"] @ tensors[f"{qkv}.lora_down.weight"]
+    )
+    written = convert(tmp_path / "in.safetensors", tmp_path / "out.safetensors", SPEC, "comfy")
+    assert written.proof.modules == 4 and written.proof.loader.startswith("diffusers")
+
+
 # ---- refused -------------------------------------------------------------------------------------------------------
 
 
@@ -206,8 +229,8 @@ STRANGERS = {
     "wan": (prefixed(C, "blocks.0.self_attn.q"), "looks like Wan 2"),
     "lumina": (prefixed("transformer.", "layers.0.attn.to_q"), "looks like Lumina 2"),
     "qwen": (prefixed("transformer.", "transformer_blocks.0.img_mod.1"), "looks like Qwen-Image"),
-    "fused": (prefixed(C, "layers.0.attention.qkv"), "original layout"),
-    "fused, of kohya": (prefixed("lora_unet_", "layers_0_attention_qkv"), "original layout"),
+    "fused, of another size": (prefixed(C, "layers.0.attention.qkv"), "48 inputs and 48 outputs is none of this model"),
+    "fused, of diffusers": (prefixed("transformer.", "layers.0.attention.qkv"), "original layout"),
     "unknown": (prefixed(C, "no.such.layer"), r"1 of 1 layers are unknown to Z-Image \(diffusion_model.no"),
     "one unknown": (prefixed(C, Q, "no.such.layer"), "1 of 2 layers are unknown"),
     "a norm": (prefixed(C, "layers.0.attention_norm1"), "1 of 1 layers are unknown"),

@@ -187,8 +187,8 @@ def test_what_a_format_cannot_carry_is_refused(tmp_path: Path, kind: str, fmt: s
 
 def test_every_kind_has_a_format_and_lora_has_all() -> None:
     for kind in ("lora", "dora", "lokr", "loha"):
-        assert unsupported(kind, "comfy") is None
-    assert all(unsupported("lora", fmt) is None for fmt in FORMATS)
+        assert unsupported(kind, "comfy", SPEC) is None
+    assert all(unsupported("lora", fmt, SPEC) is None for fmt in FORMATS)
 
 
 def test_values_that_the_type_cannot_hold_are_errors() -> None:
@@ -350,7 +350,7 @@ def adapters(draw: st.DrawFn) -> LoraFile:
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(lora=adapters(), fmt=st.sampled_from(FORMATS), known=st.booleans())
 def test_what_is_written_is_read(tmp_path: Path, lora: LoraFile, fmt: str, known: bool) -> None:
-    if unsupported(lora.kind, fmt) is not None or (lora.kind, fmt) == ("dora", "comfy"):
+    if unsupported(lora.kind, fmt, SPEC) is not None or (lora.kind, fmt) == ("dora", "comfy"):
         return
     tensors, header = to_format(lora, SPEC, fmt)
     path = tmp_path / "x.safetensors"

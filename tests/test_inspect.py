@@ -91,7 +91,7 @@ def test_the_step_of_other_programs(tmp_path: Path) -> None:
     ("stem", "looks", "says"),
     [
         ("layers.0.attention.to_q", "Z-Image", "layers without a prefix"),
-        ("transformer.single_transformer_blocks.0.attn.to_q", "FLUX", "it looks like FLUX"),
+        ("transformer.transformer_blocks.0.img_mod.1", "Qwen-Image", "it looks like Qwen-Image"),
         ("diffusion_model.blah.layers.0.attention.to_q", "Z-Image", "unknown to Z-Image"),
         ("diffusion_model.something", None, "unknown to Z-Image"),
     ],
@@ -192,5 +192,5 @@ def test_the_spec_of_every_built_architecture_fits_the_formats() -> None:
     from detour import archs
     from detour.export.reading import prefixes
 
-    assert len(prefixes(SPEC)) == 5
+    assert len(prefixes(SPEC)) == 6
     assert all(key.endswith((".", "_")) for name in archs.built() for key in prefixes(archs.spec(name)))

@@ -29,6 +29,7 @@ class StackKeys:
     comfy_prefix: str = "diffusion_model."
     diffusers_prefix: str = "transformer."
     kohya_prefix: str = "lora_unet_"
+    original: None = None
 
 
 class Attention(nn.Module):

@@ -153,6 +153,10 @@ def _paths(process: TrainProcess) -> Iterator[UserError]:
             yield UserError(f"{option}: {name} is a pickle, which runs code when opened; take a .safetensors file")
         elif not (path.is_file() or (slashes == 1 and path.is_dir()) or _on_hub(name, slashes)):
             yield UserError(f"{option}: there is no {name}; {advice[slashes]}")
+    for index, prompt in enumerate(process.sample.prompts):
+        for option, picture in (("control", prompt.control), ("inpaint", prompt.inpaint)):
+            if picture is not None and not picture.expanduser().is_file():
+                yield UserError(f"sample.prompts[{index}].{option}: there is no {picture}; give a picture")
 
 
 def _on_hub(name: str, slashes: int) -> bool:

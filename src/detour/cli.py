@@ -78,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_training(command)
     _add_tools(command)
+    _add_queue(command)
     return parser
 
 
@@ -106,6 +107,12 @@ def _add_tools(command: _Command) -> None:
     draw.add_argument("--seed", type=_seed, default=42, help="the same seed gives the same picture (default: 42)")
     draw.add_argument("--width", type=_count, default=1024, metavar="W", help="pixels (default: 1024)")
     draw.add_argument("--height", type=_count, default=1024, metavar="H", help="pixels (default: 1024)")
+    draw.add_argument(
+        "--frames", type=_count, default=1, metavar="N", help="of a clip, for models of video (default: 1)"
+    )
+    draw.add_argument("--fps", type=_rate, metavar="R", help="frames a second of a clip (default: the model's)")
+    draw.add_argument("--control", metavar="FILE", help="a picture to follow, for models that take one (flex2)")
+    draw.add_argument("--inpaint", metavar="FILE", help="a picture whose transparent parts are to be filled (flex2)")
     draw.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16", help="type the model computes in")
     draw.add_argument("--device", default="auto", help="auto, cpu, mps, cuda or cuda:1")
     draw.add_argument("--out", type=Path, default=Path("samples"), metavar="DIR", help="default: samples")
@@ -137,11 +144,46 @@ def _add_tools(command: _Command) -> None:
     command("schema", _schema, "print the JSON Schema of job files")
 
 
+def _add_queue(command: _Command) -> None:
+    queue = command("queue", _queue, "a queue of jobs that go on when the terminal is closed")
+    actions = queue.add_subparsers(dest="action", metavar="ACTION", required=True)
+
+    def action(name: str, text: str) -> argparse.ArgumentParser:
+        added = actions.add_parser(name, help=text, description=text)
+        added.add_argument(
+            "--folder", type=Path, metavar="DIR", help="default: $DETOUR_FOLDER or ~/.local/share/detour"
+        )
+        added.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks")
+        return added
+
+    add = action("add", "add a job file as it is now, and work at the queue")
+    add.add_argument("job", type=Path, metavar="JOB.yaml")
+    add.set_defaults(set=[])
+    listing = action("list", "show the jobs, their states and why they ended")
+    listing.add_argument("--json", action="store_true")
+    stop = action("stop", "save and stop a job; asked again it stops at once")
+    stop.add_argument("id", type=_count, metavar="ID")
+    stop.add_argument("--kill", action="store_true", help="end it whatever it is doing, without saving")
+    start = action("start", "queue a job that has ended again; it goes on from its last checkpoint")
+    start.add_argument("id", type=_count, metavar="ID", nargs="?", help="without one: work at what is queued")
+
+
 def _count(text: str) -> int:
     """A number of steps or pixels."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
+
+
+def _rate(text: str) -> float:
+    """Frames a second."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value <= 1000:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0 and up to 1000")
+    return value
 
 
 def _seed(text: str) -> int:
@@ -261,6 +303,10 @@ def _sample(arguments: argparse.Namespace) -> int:
             guidance=arguments.guidance,
             seed=arguments.seed,
             size=(arguments.width, arguments.height),
+            frames=arguments.frames,
+            fps=arguments.fps,
+            control=arguments.control,
+            inpaint=arguments.inpaint,
             dtype=arguments.dtype,
             device=arguments.device,
         ),
@@ -343,6 +389,25 @@ def _schema(_arguments: argparse.Namespace) -> int:
     from detour.config.load import json_schema
 
     _print_json(json_schema())
+    return 0
+
+
+def _queue(arguments: argparse.Namespace) -> int:
+    from detour import queue_commands
+
+    if arguments.action == "add":
+        lines = queue_commands.add(_load(arguments), arguments.folder)
+    elif arguments.action == "stop":
+        lines = queue_commands.stop(arguments.id, kill=arguments.kill, folder=arguments.folder)
+    elif arguments.action == "start":
+        lines = queue_commands.start(arguments.id, arguments.folder)
+    else:
+        found = queue_commands.listing(arguments.folder)
+        if arguments.json:
+            _print_json(found)
+            return 0
+        lines = queue_commands.table(found)
+    print("\n".join(lines))
     return 0
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, TextIO
 
 from detour.events import (
+    DriftEvent,
     EndEvent,
     Event,
     SampleEvent,
@@ -264,6 +265,10 @@ def describe(event: Event) -> list[str]:
     elif isinstance(event, ValidationEvent):
         parts = ", ".join(f"{loss:.4f} at {at}" for at, loss in event.by_time.items())
         lines = [f"step {event.step}: validation loss {event.loss:.4f}" + (f" ({parts})" if parts else "")]
+    elif isinstance(event, DriftEvent):
+        gap = f", few against many steps {event.gap:.3f} (untouched {event.gap_untouched:.3f})" if event.gap else ""
+        bent = f"curvature {event.curvature:.3f} (untouched {event.curvature_untouched:.3f})"
+        lines = [f"step {event.step}: drift {event.drift:.3f}{gap}, {bent}, variety {event.spread:.2f}"]
     elif isinstance(event, WarningEvent):
         where = "" if event.step is None else f"step {event.step}: "
         lines = [f"{where}warning: {event.message}", *(f"  {detail}" for detail in event.details[:LISTED])]

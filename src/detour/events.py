@@ -77,12 +77,40 @@ class SampleEvent:
 
 @dataclass(frozen=True, kw_only=True)
 class SaveEvent:
-    """A checkpoint was written and read back; `lora` is the LoRA file beside it, if one was written."""
+    """A checkpoint was written and read back; `lora` is the LoRA file beside it, if one was written.
+
+    `proof` says who loaded that file back, and how many layers took a part of it.
+    """
 
     type: ClassVar[str] = "save"
     step: int
     checkpoint: str
     lora: str | None
+    proof: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DriftEvent:
+    """How far few-step pictures of control prompts have moved from the untouched model's (see `train.drift`)."""
+
+    type: ClassVar[str] = "drift"
+    step: int
+    drift: float
+    """Root mean square over latents, relative to the untouched pictures': 0 is unmoved."""
+    by_prompt: dict[str, float]
+    pixels: float
+    """The same of pixels in [0, 1], not relative."""
+    gap: float | None
+    """Between pictures of few and of many steps of the same weights, relative; None where it was not measured."""
+    gap_untouched: float | None
+    """The same of the untouched model: few steps are kept where `gap` stays near it."""
+    curvature: float
+    """How bent the way from noise to picture is; 0 is straight."""
+    curvature_untouched: float
+    spread: float
+    """Distance between two pictures of one prompt, relative to the untouched model's: below 1 variety is lost."""
+    alarm: bool
+    """Is `drift` above `preserve.drift.alarm`?"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +160,7 @@ Event = (
     | SampleEvent
     | SaveEvent
     | ValidationEvent
+    | DriftEvent
     | WarningEvent
     | StopEvent
     | EndEvent

@@ -16,6 +16,12 @@ say alpha, and that is where files load silently wrong (tried with diffusers 0.4
   norms is folded in, for which W must be at hand.
 - LoHa: diffusers refuses it, ComfyUI reads it.
 - kohya's names: ComfyUI does not map `lora_unet_..._to_q` (and k, v, out) of Z-Image, so it loads the rest alone.
+- Stable Diffusion: ComfyUI does not read diffusers' layers under `diffusion_model.`, but under kohya's names, so its
+  format has those, with every kind of adapter; diffusers reads LoRA and DoRA alone.
+- Original names: ComfyUI knows some models' layers by the names of their original program alone, and so do diffusers'
+  loaders of files that begin with `diffusion_model.`. Layers that are one there (q, k and v) are put together and taken
+  apart without loss (`nn.fused`). Some of those loaders refuse alpha, or files without every layer of a block.
+- What each architecture has is in its spec (`archs.base.LoraKeys`): tables of names, formats, alpha.
 
 Shapes: O out features, I in features, R rank.
 """
@@ -25,13 +31,16 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from detour import UserError
+from detour.nn.fused import put_together
+from detour.nn.lora_keys import LoraFormat
+from detour.nn.original import Held
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -43,13 +52,14 @@ if TYPE_CHECKING:
     """The frozen weight (O, I) of a module, by its name."""
 
 Kind = Literal["lora", "dora", "lokr", "loha"]
-Format = Literal["comfy", "diffusers", "kohya"]
+Format = LoraFormat
 
 MAGNITUDE = "lora_magnitude_vector"
 """DoRA's norms as PEFT names them in files and `nn.lora.state` does."""
 DORA_SCALE = "dora_scale"
 """DoRA's norms as ComfyUI reads them: only in files, and not to be turned back without the model's weights."""
 
+_KOHYA_PARTS = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
 _PART = re.compile(
     r"^(?P<module>.+?)\.(?P<part>lora_[AB]\.weight|lora_magnitude_vector|dora_scale|lokr_w[12](_[ab])?|hada_w[12]_[ab])$"
 )
@@ -71,6 +81,8 @@ _UNSUPPORTED: dict[tuple[Kind, Format], str] = {
     ("lokr", "kohya"): "no loader finds the layers of a LoKr under kohya's names",
     ("loha", "kohya"): "no loader finds the layers of a LoHa under kohya's names",
 }
+_UNSUPPORTED_FLAT = {("dora", "kohya"): _UNSUPPORTED["dora", "kohya"]}
+"""The same where ComfyUI reads kohya's names."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,7 +90,8 @@ class LoraFile:
     """An adapter of any kind, in the form used inside."""
 
     tensors: dict[str, Tensor]
-    """By PEFT's name without prefix and adapter name: `layers.0.attention.to_q.lora_A.weight`."""
+    """By PEFT's name without prefix and adapter name: `layers.0.attention.to_q.lora_A.weight`. Those of a text encoder
+    have its component before them, and no `text_model.`: `text_encoder.encoder.layers.0.mlp.fc1.lora_A.weight`."""
     kind: Kind
     ranks: dict[str, int]
     """Module -> rank. Nominal for a LoKr with whole factors."""
@@ -186,12 +199,29 @@ def _whole_factor(parts: Mapping[str, Tensor], factor: str) -> Tensor:
     return parts[factor] if factor in parts else parts[f"{factor}_a"] @ parts[f"{factor}_b"]
 
 
-def unsupported(kind: Kind, fmt: Format) -> str | None:
-    """Why a kind of adapter cannot be carried by a format, or None where it can."""
-    if (reason := _UNSUPPORTED.get((kind, fmt))) is None:
+def unsupported(kind: Kind, fmt: Format, spec: ArchSpec) -> str | None:
+    """Why a kind of adapter of an architecture cannot be carried by a format, or None where it can."""
+    if (reason := _reason(kind, fmt, spec)) is None:
         return None
-    able = [other for other in get_args(Format) if (kind, other) not in _UNSUPPORTED]
-    return f"{kind} in the format {fmt}: {reason}; use {' or '.join(able)}"
+    able = [other for other in get_args(Format) if _reason(kind, other, spec) is None]
+    advice = f"use {' or '.join(able)}" if able else f"no other format carries one of {spec.title} either"
+    return f"{kind} in the format {fmt}: {reason}; {advice}"
+
+
+def _reason(kind: Kind, fmt: Format, spec: ArchSpec) -> str | None:
+    if fmt not in spec.lora_keys.formats:
+        return f"no loader reads a LoRA of {spec.title} under such names"
+    original = spec.lora_keys.original
+    if kind == "lokr" and fmt in spec.lora_keys.original_in and original is not None and original.fuses:
+        return f"layers of {spec.title} are one layer under such names, which LoKrs of them cannot become"
+    if fmt == "diffusers" and spec.diffusers_loader and kind not in spec.diffusers_kinds:
+        return f"diffusers refuses a {kind} of {spec.title}"
+    return (_UNSUPPORTED_FLAT if is_flat("comfy", spec) else _UNSUPPORTED).get((kind, fmt))
+
+
+def is_flat(fmt: Format, spec: ArchSpec) -> bool:
+    """Does a format write names in kohya's way: underscores for dots, `lora_down` and `lora_up`?"""
+    return fmt == "kohya" or (fmt == "comfy" and spec.lora_keys.comfy_prefix.endswith("_"))
 
 
 def to_format(
@@ -207,30 +237,85 @@ def to_format(
     `base_weight` is needed for a DoRA in the comfy format. UserError where the format cannot carry the adapter, or the
     dtype its values.
     """
-    if (reason := unsupported(lora.kind, fmt)) is not None:
+    if (reason := unsupported(lora.kind, fmt, spec)) is not None:
         raise UserError(reason)
     if fmt != "comfy" and any(name.endswith(f".{DORA_SCALE}") for name in lora.tensors):
         raise UserError(
             f"this DoRA's norms are written for ComfyUI and cannot be turned back without the model's weights, so not "
             f"into the format {fmt}. Start from a file that was saved in that format (save.formats: [{fmt}])"
         )
+    modules = by_module(lora.tensors)
+    if fmt != "diffusers":
+        modules = {name: _for_comfy(lora, name, parts, base_weight) for name, parts in modules.items()}
     file: dict[str, Tensor] = {}
-    for module, parts in by_module(lora.tensors).items():
-        stem = module_key(module, spec, fmt)
-        written = _for_comfy(lora, module, parts, base_weight) if fmt == "comfy" else parts
-        for part, tensor in written.items():
-            file[f"{stem}.{_file_part(part, fmt)}"] = _cast(f"{module}.{part}", tensor, dtype)
-        if fmt != "diffusers":
-            file[f"{stem}.alpha"] = torch.tensor(lora.alphas[module], dtype=torch.float32)
-    if len({key.rpartition(".")[0] for key in file if key.endswith(".alpha")}) not in (0, len(lora.ranks)):
-        raise ValueError(f"{fmt}: two modules have the same name in this format")
+    for stem, (parts, alpha) in _stems(lora, modules, spec, fmt).items():
+        for part, tensor in parts.items():
+            file[f"{stem}.{file_part(part, spec, fmt)}"] = _cast(f"{stem}.{part}", tensor, dtype)
+        if alpha is not None:
+            file[f"{stem}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
     return file, _diffusers_header(lora, spec) if fmt == "diffusers" else {}
 
 
-def module_key(module: str, spec: ArchSpec, fmt: Format) -> str:
-    """A module's name in a file."""
+def _stems(
+    lora: LoraFile, modules: Mapping[str, dict[str, Tensor]], spec: ArchSpec, fmt: Format
+) -> dict[str, tuple[dict[str, Tensor], float | None]]:
+    """What stands in a file under each module's name there: tensors, and alpha where the format has it."""
+    keys, groups = spec.lora_keys, dict[str, list[str]]()
+    for module in modules:
+        groups.setdefault(module_key(module, spec, fmt), []).append(module)
+    found: dict[str, tuple[dict[str, Tensor], float | None]] = {}
+    for stem, members in groups.items():
+        held = _held(members[0], spec, fmt)
+        if set(members) - set(held.layers):
+            raise ValueError(f"{fmt}: {', '.join(members)} have the same name in this format")
+        parts, scale, alpha = _united(lora, modules, held)
+        if fmt != "diffusers" and fmt not in keys.alpha_in and not whole(parts):
+            parts = _multiplied(parts, scale)
+        found[stem] = (parts, alpha if fmt in keys.alpha_in else None)
+    return found
+
+
+def _held(module: str, spec: ArchSpec, fmt: Format) -> Held:
+    """The layers that stand in a file together with this one."""
     keys = spec.lora_keys
-    if fmt == "kohya":
+    if keys.original is None or fmt not in keys.original_in:
+        return Held((module,), (1,))
+    return keys.original.find(keys.original.origin(module)) or Held((module,), (1,))
+
+
+def _united(
+    lora: LoraFile, modules: Mapping[str, dict[str, Tensor]], held: Held
+) -> tuple[dict[str, Tensor], float, float]:
+    """The module of a layer, or of several that are one in the file, with its scale and its alpha."""
+    there = [name for name in held.layers if name in modules]
+    scales = {lora.scale(name) for name in there}
+    if len(held.layers) == 1:
+        return put_together([modules[there[0]]], held), lora.scale(there[0]), lora.alphas[there[0]]
+    own = {name: modules[name] if len(scales) == 1 else _multiplied(modules[name], lora.scale(name)) for name in there}
+    try:
+        parts = put_together([own.get(name) for name in held.layers], held)
+    except ValueError as error:
+        raise UserError(f"{error}; train them together, or use the format diffusers") from error
+    scale = scales.pop() if len(scales) == 1 else 1.0
+    rank = next(parts[name].shape[0] for name in ("lora_A.weight", "hada_w1_b") if name in parts)
+    return parts, scale, scale * rank
+
+
+def _multiplied(parts: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """A module that adds `scale` times as much."""
+    factor = next(name for name in ("lora_B.weight", "lokr_w1", "lokr_w1_a", "hada_w1_a") if name in parts)
+    return parts if scale == 1 else parts | {factor: (parts[factor].float() * scale).to(parts[factor].dtype)}
+
+
+def module_key(module: str, spec: ArchSpec, fmt: Format) -> str:
+    """A module's name in a file. Several layers that are one in the original layout have the same."""
+    keys = spec.lora_keys
+    if component := keys.text_model_of(module):
+        layer = f"text_model.{module.removeprefix(f'{component}.')}"  # as in every file, whatever the class has
+        return keys.text[component] + layer.replace(".", "_") if is_flat(fmt, spec) else f"{component}.{layer}"
+    if keys.original is not None and fmt in keys.original_in:
+        module = keys.original.origin(module)
+    if is_flat(fmt, spec):
         return kohya_prefix(keys.kohya_prefix) + module.replace(".", "_")
     return dotted(keys.comfy_prefix if fmt == "comfy" else keys.diffusers_prefix) + module
 
@@ -245,18 +330,17 @@ def kohya_prefix(prefix: str) -> str:
     return prefix.rstrip("_") + "_"
 
 
-def _file_part(part: str, fmt: Format) -> str:
-    if fmt == "kohya":
-        return {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}[part]
-    return part
+def file_part(part: str, spec: ArchSpec, fmt: Format) -> str:
+    """The name of a module's tensor in a file."""
+    return _KOHYA_PARTS.get(part, part) if is_flat(fmt, spec) else part
 
 
 def _for_comfy(
     lora: LoraFile, module: str, parts: dict[str, Tensor], base_weight: BaseWeight | None
 ) -> dict[str, Tensor]:
-    """A module's tensors as ComfyUI computes with them."""
+    """A module's tensors as ComfyUI, and whoever reads kohya's names, computes with them."""
     if whole(parts):
-        return _scaled_whole(parts, lora.scale(module))
+        return _multiplied(parts, lora.scale(module))  # loaders do not scale whole factors
     if MAGNITUDE not in parts:
         return parts
     if base_weight is None:
@@ -273,12 +357,6 @@ def _for_comfy(
     return rest | {DORA_SCALE: scale_O[:, None]}
 
 
-def _scaled_whole(parts: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """A LoKr module with whole factors, for loaders that do not scale it."""
-    w1 = parts["lokr_w1"]
-    return parts if scale == 1 else parts | {"lokr_w1": (w1.float() * scale).to(w1.dtype)}
-
-
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     value = tensor.detach().to(device="cpu", dtype=dtype)
     if torch.isfinite(value).all():
@@ -289,11 +367,51 @@ def _cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     raise UserError(f"{name} holds values up to {largest:.3g}, too much for {dtype}; set save.dtype to bf16 or fp32")
 
 
+def diffusers_refuses(lora: LoraFile, spec: ArchSpec, fmt: Format) -> str | None:
+    """Why diffusers' loader does not take an adapter in a format that ComfyUI reads, or None where it does."""
+    asked = spec.lora_keys.whole_blocks
+    if asked is None or fmt not in asked.formats:
+        return None
+    blocks: dict[tuple[str, int], set[str]] = {}
+    for module, parts in by_module(lora.tensors).items():
+        rows = next((rows for ending, rows in asked.rows.items() if module.endswith(f".{ending}")), None)
+        if rows is not None and parts["lora_B.weight"].shape[0] != rows:
+            return f"it knows the published sizes only, of which {module} is not"
+        name = module if spec.lora_keys.original is None else spec.lora_keys.original.origin(module)
+        match = re.fullmatch(r"([^.]+)\.(\d+)\.(.+)", name)
+        if match is None or match[1] not in asked.layers:
+            return f"it does not know {module} there"
+        blocks.setdefault((match[1], int(match[2])), set()).add(match[3])
+    for (kind, index), layers in blocks.items():
+        if layers != set(asked.layers[kind]) or (index and (kind, index - 1) not in blocks):
+            return f"it asks for every layer of every block, and some of {kind}.{index} (or all before it) are missing"
+    return None
+
+
 def _diffusers_header(lora: LoraFile, spec: ArchSpec) -> dict[str, str]:
     """The `lora_adapter_metadata` from which diffusers builds PEFT's configuration; without it alpha would be lost."""
-    prefix = dotted(spec.lora_keys.diffusers_prefix)
-    packed = {prefix + option: value for option, value in peft_options(lora).items()}
+    packed: dict[str, Any] = {}
+    for component in sorted({spec.lora_keys.text_model_of(module) for module in lora.modules}):
+        prefix = f"{component}." if component else dotted(spec.lora_keys.diffusers_prefix)
+        options = peft_options(of_component(lora, spec, component))
+        if component:  # some classes of transformers have `text_model.` before their layers
+            for pattern in ("rank_pattern", "alpha_pattern"):
+                options[pattern] = {name.removeprefix("^"): value for name, value in options[pattern].items()}
+        packed |= {prefix + option: value for option, value in options.items()}
     return {"format": "pt", "lora_adapter_metadata": json.dumps(packed, indent=2, sort_keys=True)}
+
+
+def of_component(lora: LoraFile, spec: ArchSpec, component: str) -> LoraFile:
+    """The part of an adapter that is on a text encoder (empty: on the denoiser), by the component's own names."""
+    start = f"{component}." if component else ""
+    own = [module for module in lora.modules if spec.lora_keys.text_model_of(module) == component]
+    tensors = {name: tensor for name, tensor in lora.tensors.items() if spec.lora_keys.text_model_of(name) == component}
+    return replace(
+        lora,
+        tensors={name.removeprefix(start): tensor for name, tensor in tensors.items()},
+        ranks={module.removeprefix(start): lora.ranks[module] for module in own},
+        alphas={module.removeprefix(start): lora.alphas[module] for module in own},
+    )
 
 
 def peft_options(lora: LoraFile) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 The grid of times comes from the model's own diffusers scheduler, the initial noise from a CPU generator: the same seed
 gives the picture that the architecture's diffusers pipeline draws with a CPU generator of that seed.
 
-Shapes: B batch (1 here), C channels, H W latent height and width.
+Shapes: B batch (1 here), C channels, H W latent height and width, F frames. Tensors named BCHW are BCFHW where the
+model draws video (`ArchSpec.frame_factor`).
 """
 
 from __future__ import annotations
@@ -11,6 +12,9 @@ from __future__ import annotations
 import inspect
 import json
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,17 +26,23 @@ from detour import UserError, __version__, files
 from detour.archs.base import Framing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
+    from collections.abc import Callable, Iterator, Sequence
 
     from torch import Tensor, nn
 
-    from detour.archs.base import Arch, ArchSpec, Condition, Scheduler
+    from detour.archs.base import Arch, ArchSpec, Condition, Control, Scheduler
+
+    Predict = Callable[[Tensor, Tensor, Sequence[Condition]], Tensor]
+    """The model's answer to states, times and conditions: `Arch.predict` without its first argument."""
+
+
+FPS = 16.0
+"""Frames a second at which clips are played where nothing else is said."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
-    """One picture to draw. `guidance` counts 1 as none; sizes are pixels."""
+    """One picture or clip to draw. `guidance` counts 1 as none; sizes are pixels."""
 
     prompt: str
     seed: int
@@ -42,19 +52,36 @@ class Request:
     guidance: float = 1.0
     negative: str = ""
     lora_scale: float = 1.0
+    frames: int = 1
+    """1 is a picture; models of video alone draw more."""
+    fps: float = FPS
+    """Frames a second at which a clip is played; the model draws the same at any."""
+    control: str | None = None
+    """File of a picture to follow, for models that take one."""
+    inpaint: str | None = None
+    """File of a picture whose transparent parts are to be filled, for models that do."""
 
     def prompts(self, spec: ArchSpec) -> list[str]:
         """The texts that must be embedded to draw it."""
-        return [self.prompt, self.negative] if self.guidance > 1 and spec.guidance_kind == "negative" else [self.prompt]
+        if self.guidance > 1 and spec.guidance_kind == "negative":
+            return [self.prompt, spec.negative_mark + self.negative]
+        return [self.prompt]
 
 
 def check_request(spec: ArchSpec, request: Request) -> None:
-    """Refuse a size that the model's patches do not divide, and a seed that no generator takes."""
+    """Refuse a size that the model's patches do not divide, frames that it cannot draw, a seed beyond any generator."""
     problem = spec.size_problem(request.width, request.height)
     if problem is not None:
         raise UserError(f"a picture of {problem}")
+    problem = spec.frames_problem(request.frames)
+    if problem is not None:
+        raise UserError(f"a clip of {problem}")
     if not 0 <= request.seed < 2**63:
         raise UserError(f"the seed {request.seed} of a picture is not a whole number from 0 to 2^63 - 1")
+    asked: dict[Control, str | None] = {"control": request.control, "inpaint": request.inpaint}
+    for kind, file in asked.items():
+        if file is not None and kind not in spec.controls:
+            raise UserError(f"{kind}: {spec.title} is told of no such pictures; leave out {file}")
 
 
 def initial_noise(spec: ArchSpec, request: Request) -> Tensor:
@@ -63,7 +90,7 @@ def initial_noise(spec: ArchSpec, request: Request) -> Tensor:
 
 
 def _drawn(spec: ArchSpec, request: Request, generator: torch.Generator) -> Tensor:
-    shape = (1, *spec.latent_shape(request.width, request.height))
+    shape = (1, *spec.latent_shape(request.width, request.height, request.frames))
     return torch.randn(shape, generator=generator, dtype=torch.float32)
 
 
@@ -80,23 +107,49 @@ def denoise(
 
     Source of the order of operations: diffusers' pipeline of the architecture, which this equals bit for bit on a CPU.
     """
+    latents_BCHW = noise_BCHW
+    predict = partial(arch.predict, denoiser)
+    for _, latents_BCHW in trajectory(arch, predict, scheduler, noise_BCHW, request, conditions):  # noqa: B007
+        pass
+    return latents_BCHW
+
+
+@torch.no_grad()
+def trajectory(
+    arch: Arch,
+    predict: Predict,
+    scheduler: Scheduler,
+    noise_BCHW: Tensor,
+    request: Request,
+    conditions: list[Condition],
+) -> Iterator[tuple[float, Tensor]]:
+    """The states that `denoise` passes, each with its time: the first before any step, the last (time 0) is the result.
+
+    The next step is taken only when it is asked for, with what `predict` answers to it.
+    """
     device = noise_BCHW.device
-    told = arch.picture_condition(Framing.whole(request.width, request.height), request.guidance)
-    conditions = [condition | told for condition in conditions]
+    framing = arch.picture_condition(Framing.whole(request.width, request.height), request.guidance)
+    order = -1 if arch.spec.negative_first else 1
+    conditions = [condition | framing for condition in conditions][::order]
     arch.set_timesteps(scheduler, request.steps, (noise_BCHW.shape[-2], noise_BCHW.shape[-1]), device)
     step = _stepper(arch.spec, scheduler, request)
     diffusion = arch.spec.objective != "flow"  # their schedulers have scales of their own for noise and states
     latents_BCHW = noise_BCHW * scheduler.init_noise_sigma if diffusion else noise_BCHW
     for timestep in scheduler.timesteps:
+        yield float(timestep) / 1000, latents_BCHW
         # In double (on the CPU: Apple's devices have none), so that an architecture that multiplies by 1000 again gets
         # the scheduler's own timestep back to the last bit.
         t_B = torch.full((len(conditions),), float(timestep) / 1000, dtype=torch.float64)
         state_BCHW = scheduler.scale_model_input(latents_BCHW, timestep) if diffusion else latents_BCHW
-        field = arch.predict(denoiser, torch.cat([state_BCHW] * len(conditions)), t_B, conditions)
+        if arch.spec.guidance_batched:
+            field = predict(torch.cat([state_BCHW] * len(conditions)), t_B, conditions)
+        else:
+            field = torch.cat([predict(state_BCHW, t_B[:1], [told]) for told in conditions])
         if len(conditions) == 2:
-            field = arch.guided(field[:1], field[1:], request.guidance)
+            positive, negative = (field[:1], field[1:])[::order]
+            field = arch.guided(positive, negative, request.guidance)
         latents_BCHW = step(field, timestep, latents_BCHW)
-    return latents_BCHW
+    yield 0.0, latents_BCHW
 
 
 def _stepper(spec: ArchSpec, scheduler: Scheduler, request: Request) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
@@ -110,21 +163,36 @@ def _stepper(spec: ArchSpec, scheduler: Scheduler, request: Request) -> Callable
 
 
 @torch.no_grad()
-def to_picture(arch: Arch, vae: nn.Module, latents_BCHW: Tensor) -> Image.Image:
-    """The first picture of a batch of latents."""
+def to_frames(arch: Arch, vae: nn.Module, latents_BCHW: Tensor) -> list[Image.Image]:
+    """The frames of the first clip of a batch of latents; of a picture, the one that it is."""
     pixels_B3HW = arch.decode(vae, latents_BCHW)
-    levels_HW3 = (pixels_B3HW[0] * 0.5 + 0.5).clamp(0, 1).permute(1, 2, 0).float().cpu().numpy()
-    return Image.fromarray((levels_HW3 * 255).round().astype(np.uint8))
+    pixels_3FHW = pixels_B3HW[0] if arch.spec.frame_factor is not None else pixels_B3HW[0].unsqueeze(1)
+    levels_FHW3 = (pixels_3FHW * 0.5 + 0.5).clamp(0, 1).permute(1, 2, 3, 0).float().cpu().numpy()
+    return [Image.fromarray(levels_HW3) for levels_HW3 in (levels_FHW3 * 255).round().astype(np.uint8)]
 
 
-def save_picture(path: Path, picture: Image.Image, request: Request, spec: ArchSpec, facts: dict[str, str]) -> None:
-    """Write a PNG whose text says how to draw it again, here and in diffusers."""
+def save_picture(
+    path: Path, frames: Sequence[Image.Image], request: Request, spec: ArchSpec, facts: dict[str, str]
+) -> None:
+    """Write a PNG, animated where there are several frames. Its text says how to draw it again, here and elsewhere."""
     text = PngInfo()
-    settings = asdict(request) | {"software": f"detour {__version__}", "architecture": spec.name} | facts
+    asked = {name: value for name, value in asdict(request).items() if value is not None}
+    asked |= {name: Path(asked[name]).name for name in ("control", "inpaint") if name in asked}  # folders are private
+    settings = asked | {"software": f"detour {__version__}", "architecture": spec.name} | facts
+    if len(frames) == 1:
+        del settings["frames"], settings["fps"]
     # Both countings of guidance, so that the picture can be drawn again elsewhere (docs/design.md §3).
     settings["guidance_diffusers"] = spec.diffusers_guidance(request.guidance)
     for key, value in settings.items():
         text.add_itxt(f"detour:{key}", str(value))
     text.add_itxt("parameters", json.dumps(settings, ensure_ascii=False))  # the field that picture browsers show
+    # Milliseconds are whole, so each frame ends at the rounded time of the next: 62, 63, 62, ... at 16 a second.
+    ends = [round(1000 * count / request.fps) for count in range(len(frames) + 1)]
+    animation = {
+        "save_all": True,
+        "append_images": frames[1:],
+        "duration": [end - start for start, end in pairwise(ends)],
+        "loop": 0,
+    }
     with files.new_file(path) as temporary:
-        picture.save(temporary, format="PNG", pnginfo=text)
+        frames[0].save(temporary, format="PNG", pnginfo=text, **(animation if len(frames) > 1 else {}))

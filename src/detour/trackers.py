@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from detour import UserError
 from detour.config.job import LoggingConfig
-from detour.events import Event, SampleEvent, Sink, StartEvent, StepEvent, ValidationEvent
+from detour.events import DriftEvent, Event, SampleEvent, Sink, StartEvent, StepEvent, ValidationEvent
 
 if TYPE_CHECKING:
     from numpy import uint8
@@ -83,7 +83,7 @@ class TensorBoardSink:
         if isinstance(event, SampleEvent):
             self._writer.add_image(_picture(event), _pixels(event.path), event.step, dataformats="HWC")
             self._writer.add_text(f"{_picture(event)}/prompt", event.prompt, event.step)
-        if isinstance(event, ValidationEvent | SampleEvent):
+        if isinstance(event, ValidationEvent | DriftEvent | SampleEvent):
             self._writer.flush()
 
     def close(self) -> None:
@@ -172,11 +172,22 @@ def scalars(event: Event) -> dict[str, float]:
     if isinstance(event, ValidationEvent):
         by_time = {f"validation/loss_at_{time}": loss for time, loss in event.by_time.items()}
         return {"validation/loss": event.loss} | by_time
+    if isinstance(event, DriftEvent):
+        by_prompt = {f"drift/prompt_{index:02d}": drift for index, drift in enumerate(event.by_prompt.values())}
+        gaps = {"drift/gap": event.gap, "drift/gap_untouched": event.gap_untouched}
+        return {
+            "drift/latents": event.drift,
+            "drift/pixels": event.pixels,
+            "drift/curvature": event.curvature,
+            "drift/spread": event.spread,
+            **{name: gap for name, gap in gaps.items() if gap is not None},
+            **by_prompt,
+        }
     return {}
 
 
 def _step(event: Event) -> int:
-    assert isinstance(event, StepEvent | ValidationEvent | SampleEvent)
+    assert isinstance(event, StepEvent | ValidationEvent | DriftEvent | SampleEvent)
     return event.step
 
 

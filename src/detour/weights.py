@@ -14,7 +14,7 @@ from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -60,6 +60,22 @@ class ModelSource:
             return self.folder / component
         return self.extras.find(component) if self.extras is not None else None
 
+    def index(self) -> dict[str, Any]:
+        """What `model_index.json` says of the model: its pipeline's class and its components. Empty where none is."""
+        path = self.folder / "model_index.json" if self.folder is not None else None
+        if path is None or not path.is_file():
+            return {}
+        try:
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"{path}: not a readable index of a model ({error}); fetch it again") from error
+
+    def lacks(self, component: str) -> bool:
+        """Is the model made without a component? Its index, or that of its extras, then says `null`."""
+        if self.find(component) is not None:
+            return False
+        return self.index().get(component) == [None, None] or (self.extras is not None and self.extras.lacks(component))
+
     def component(self, component: str) -> Path:
         """Folder of a component; an error naming what is there instead."""
         if (folder := self.find(component)) is not None:
@@ -77,26 +93,36 @@ class ModelSource:
             f"model.extras_name_or_path. A model that is one file is named by that file (user/repo/file.safetensors)"
         )
 
+    def options(self, defaults: Mapping[str, object]) -> dict[str, object]:
+        """Settings of the pipeline in `model_index.json`, from this source or its extras; else `defaults`."""
+        if not (given := self.index()):
+            return self.extras.options(defaults) if self.extras is not None else dict(defaults)
+        return {key: given.get(key, value) for key, value in defaults.items()}
+
 
 def find_model(
     name_or_path: str,
     *,
     components: Sequence[str],
     denoiser: str,
+    optional: Sequence[str] = (),
     extras: str | None = None,
     revision: str | None = None,
 ) -> ModelSource:
     """The parts of a model, downloaded where necessary; an error if any of `components` is missing.
 
-    `denoiser` is the component that a single file holds. With `extras`, the other components come from there.
+    `denoiser` is the component that a single file holds. With `extras`, the other components come from there. Those in
+    `optional` may be missing where the model's index says that it is made without them.
     """
     others = [component for component in components if component != denoiser]
     extra_source = (
-        find_model(extras, components=others, denoiser="", extras=None) if extras is not None and others else None
+        find_model(extras, components=others, denoiser="", optional=optional) if extras is not None and others else None
     )
     wanted = [component for component in components if component == denoiser or extra_source is None]
     source = _locate(name_or_path, wanted, extra_source, revision)
     for component in components:
+        if component in optional and source.lacks(component):
+            continue
         if component != denoiser or source.single_file is None:
             source.component(component)
     return source
@@ -264,16 +290,16 @@ def _shards(index: Path) -> list[Path]:
     return files
 
 
-def component_config(folder: Path, key: str, expected: str) -> dict[str, object]:
-    """A component's config.json, which must say under `key` that it is the kind that the architecture expects."""
+def component_config(folder: Path, key: str, *expected: str) -> dict[str, object]:
+    """A component's config.json, which must say under `key` that it is of a kind that the architecture expects."""
     path = folder / "config.json"
     try:
         config: dict[str, object] = json.loads(path.read_text(encoding="utf-8"))
         kind = config.get(key)
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: not a readable config ({error}); is the download complete?") from error
-    if kind != expected:
-        raise UserError(f"{path}: this is a {kind}, where the architecture has a {expected}; is model.arch right?")
+    if kind not in expected:
+        raise UserError(f"{path}: this is a {kind}, where the architecture has a {expected[0]}; is model.arch right?")
     return config
 
 
@@ -415,7 +441,7 @@ def materialise(module: nn.Module, tensors: Iterable[tuple[str, Tensor]], placem
         )
     for owner in module.modules():
         for name, buffer in owner.named_buffers(recurse=False):
-            if name in owner._non_persistent_buffers_set:
+            if name in owner._non_persistent_buffers_set and not buffer.is_meta:
                 owner.register_buffer(name, buffer.to(placement.device), persistent=False)
 
 

@@ -123,7 +123,7 @@ def test_the_picture_names_the_loras_by_their_hashes(sample, trained, tmp_path):
         (["--lora", "nope.ckpt:0.5"], "opening one runs whatever code is in it"),
         (["--lora", "LORA:nan"], "the scale nan is not a finite number"),
         (["--arch", "zimage:fast"], "'fast' is not a variant of zimage; allowed: turbo, base, deturbo"),
-        (["--arch", "flux"], "'flux' is not built yet; built today: zimage"),
+        (["--arch", "flux"], "there is no text_encoder_2/ in"),
         (["--arch", "zimag"], "architecture 'zimag' is not known; did you mean 'zimage'?"),
         (["--device", "cuda:7"], "'cuda:7' is not there; this machine has cpu"),
         (["--device", "tpu"], "'tpu' is not there; this machine has cpu"),
@@ -276,7 +276,7 @@ def test_archs_lists_all_fifteen():
 
 
 def test_nano_lists_and_writes_the_same_files_for_a_seed(tmp_path):
-    assert well("nano", "--list").out == "zimage\n"
+    assert "zimage" in well("nano", "--list").out.split()
     for name in ("one", "two"):
         well("nano", tmp_path / name, "--random", "--seed", 3)
     assert tree(tmp_path / "one") == tree(tmp_path / "two")
@@ -299,7 +299,7 @@ def test_nano_comes_with_its_adapter_and_pictures(world):
     ("arguments", "message"),
     [
         ([], "give the folder to write the miniature into"),
-        (["--arch", "flux", "x"], "there is no miniature of 'flux'; there is one of zimage"),
+        (["--arch", "flux2", "x"], "there is no miniature of 'flux2'; there is one of"),
         (["FILE"], "is a file; give a folder to write the miniature into"),
     ],
 )

@@ -510,6 +510,16 @@ def test_min_snr_weights_are_for_noise_models(having):
     assert load_job(Path("job.yaml")).job.config.process[0].train.min_snr_gamma == 5
 
 
+def test_text_encoders_are_trained_where_they_can_be(having):
+    said = "only text encoders of sd1, sd2, sdxl, ssd, vega are trained"
+    assert said in refused(having, "train", train_text_encoder=True)[0]
+    assert having("train", train_text_encoder=False)[0].train.train_text_encoder is False
+    text = SMALL.replace("arch: zimage", "arch: sd1").replace("lr: 1e-4", "lr: 1e-4, train_text_encoder: true")
+    Path("job.yaml").write_text(text)
+    train = load_job(Path("job.yaml")).job.config.process[0].train
+    assert (train.train_text_encoder, train.text_encoder_lr) == (True, None)
+
+
 def test_differences_in_train_are_said(having):
     _, notes = having("train", gradient_accumulation=4, unload_text_encoder=True, do_differential_guidance=True)
     assert any(note.startswith("train.gradient_accumulation: 4: ai-toolkit adds the gradients up") for note in notes)
@@ -530,7 +540,7 @@ def test_both_forms_of_prompts_and_flags(having):
         "sample", prompts=["a cat --w 512 --h 768 --d 7 --s 4 --l 2.5 --n a dog --m 0.5", "[name], [trigger]"]
     )
     (first, second), notes = sample[0].sample.prompts, sample[1]
-    assert first.model_dump() == {
+    assert first.model_dump(exclude_none=True) == {
         "prompt": "a cat", "neg": "a dog", "seed": 7, "width": 512, "height": 768, "guidance_scale": 2.5,
         "sample_steps": 4, "network_multiplier": 0.5,
     }  # fmt: skip
@@ -555,6 +565,23 @@ def test_a_prompts_seed_holds_for_those_after_it(having):
     assert seeds == [None, 5, 5]
     seeds = [prompt.seed for prompt in having("sample", samples=samples, walk_seed=True)[0].sample.prompts]
     assert seeds == [None, 5, None]
+
+
+def test_previews_of_clips(having):
+    """Frames and rate are taken over where a clip is asked for; pictures have none, whatever the form writes."""
+    process, _ = having("sample", num_frames=33, fps=24, samples=[{"prompt": "a"}, {"prompt": "b", "num_frames": 5}])
+    assert (process.sample.num_frames, process.sample.fps) == (33, 24.0)
+    assert [prompt.num_frames for prompt in process.sample.prompts] == [None, 5]
+    process, notes = having("sample", num_frames=1, fps=1, samples=[{"prompt": "a", "num_frames": 0}])
+    assert (process.sample.num_frames, process.sample.fps, process.sample.prompts[0].num_frames) == (1, None, None)
+    assert not any("frames" in note for note in notes)
+
+
+def test_clips_are_taken_in_another_way(having):
+    with pytest.raises(
+        JobError, match=r"num_frames: 33 is not available in Detour \(clips are taken by their frame rate"
+    ):
+        having("datasets", num_frames=33)
 
 
 def test_the_rest_of_sample(having):

@@ -7,10 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-from detour.archs.base import ArchSpec, LoraKeys, Variant
+from detour.archs.base import ArchSpec, Variant
 from detour.config.job import DatasetConfig
 from detour.data import cache, order, prepare
 from detour.data.scan import scan
+from detour.nn.lora_keys import LoraKeys
 
 FACTOR, CHANNELS, TOKENS = 8, 4, 24
 

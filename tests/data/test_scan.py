@@ -93,7 +93,7 @@ def test_no_pictures(kit):
 
 def test_no_pictures_that_are_read(kit):
     kit.draw("a.gif", caption=None)
-    assert "1 files are in formats that are not read, convert them" in refused(kit, kind=UserError)
+    assert "1 files cannot be used: a.gif is in a format that is not read" in refused(kit, kind=UserError)
 
 
 def test_formats_that_are_not_read_are_not_passed_over(kit):

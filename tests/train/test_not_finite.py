@@ -17,7 +17,7 @@ import torch
 from detour import UserError
 from detour.archs import resolve
 from detour.data.cache import LATENTS, Store
-from detour.train import build, loop
+from detour.train import build, loop, preserve
 from detour.train.control import Control
 from detour.train.run import Run
 from detour.train.session import run_job
@@ -29,7 +29,7 @@ NAN, INF = float("nan"), float("inf")
 @contextmanager
 def spoilt(bad: Callable[[int, int], bool], where: str = "loss", value: float = NAN) -> Iterator[None]:
     """Make the loss, or only the gradient, of chosen (step, micro) not finite."""
-    training_loss = loop.training_loss
+    training_loss = preserve.training_loss
 
     def loss(task: Any, denoiser: Any, batch: Any, config: Any, seed: int, step: int, micro: int) -> Any:
         if not bad(step, micro):
@@ -52,7 +52,7 @@ def spoilt(bad: Callable[[int, int], bool], where: str = "loss", value: float = 
         return out
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "training_loss", loss)
+        patch.setattr(preserve, "training_loss", loss)
         yield
 
 

@@ -38,7 +38,7 @@ class Denoiser(nn.Module):
 
 
 class Arch:
-    spec = SimpleNamespace(shift_at=lambda latent_HW: 3.0)
+    spec = SimpleNamespace(shift_at=lambda latent_HW, variant: 3.0)
 
     def picture_condition(self, framing, guidance):
         return {}
@@ -179,7 +179,7 @@ def test_equals_a_training_step_written_with_diffusers():
 class Oracle:
     """Predicts the true velocity of the one picture it knows: z_t = (1-t) z0 + t eps, so v = (z - z0) / t."""
 
-    spec = SimpleNamespace(shift_at=lambda latent_HW: 3.0)
+    spec = SimpleNamespace(shift_at=lambda latent_HW, variant: 3.0)
 
     def picture_condition(self, framing, guidance):
         return {}

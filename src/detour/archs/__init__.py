@@ -14,10 +14,27 @@ from detour import UserError
 from detour.config.job import ModelArch, TrainProcess
 
 if TYPE_CHECKING:
-    from detour.archs.base import Arch, ArchSpec, Variant
+    from collections.abc import Mapping
+
+    from detour.archs.base import Arch, ArchSpec, Control, Variant
+    from detour.config.job import DatasetConfig
 
 _MODULES: dict[ModelArch, str] = {
+    "sd3": "detour.archs.sd3",
+    "auraflow": "detour.archs.auraflow",
+    "pixart": "detour.archs.pixart",
+    "pixart_sigma": "detour.archs.pixart",
+    "sd1": "detour.archs.sd",
+    "sd2": "detour.archs.sd",
+    "flex1": "detour.archs.flux",
+    "flex2": "detour.archs.flux",
+    "flux": "detour.archs.flux",
+    "lumina2": "detour.archs.lumina2",
+    "wan21": "detour.archs.wan21",
     "zimage": "detour.archs.zimage",
+    "sdxl": "detour.archs.sdxl",
+    "vega": "detour.archs.sdxl",
+    "ssd": "detour.archs.sdxl",
 }
 
 
@@ -70,6 +87,8 @@ def table() -> list[dict[str, Any]]:
                 "variants": {key: asdict(variant) for key, variant in facts.variants.items()},
                 "latent_channels": facts.latent_channels,
                 "bucket_divisibility": facts.bucket_divisibility,
+                "frame_factor": facts.frame_factor,
+                "fps": facts.fps,
                 "text_tokens": facts.text_tokens,
                 "timestep_types": list(facts.timestep_types),
                 "licence": facts.licence,
@@ -105,6 +124,10 @@ def resolve(process: TrainProcess) -> TrainProcess:
                 f"use {kind!r} or leave it out"
             )
     _check_times(process, facts)
+    _check_frames(process, facts)
+    _check_guidance(process, f"{facts.title} {name}", variant)
+    _check_controls(process, facts)
+    held = process.validation.dataset
     saves = process.save.save_every or (None if process.train.save_every_n_epochs else 250)
     length = {} if process.train.epochs else {"steps": process.train.steps or 3000}
     repo = process.model.name_or_path or variant.repo
@@ -122,6 +145,7 @@ def resolve(process: TrainProcess) -> TrainProcess:
         "train": {
             "noise_scheduler": kind,
             "timestep_type": process.train.timestep_type or variant.timestep_type,
+            "text_encoder_lr": _text_lr(process),
             **length,
         },
         "network": {"linear_alpha": process.network.linear_alpha or float(process.network.linear)},
@@ -129,11 +153,39 @@ def resolve(process: TrainProcess) -> TrainProcess:
             "sampler": kind,
             "sample_steps": process.sample.sample_steps or variant.steps,
             "guidance_scale": process.sample.guidance_scale or variant.guidance,
+            "fps": process.sample.fps or facts.fps,
         },
         "save": {"save_every": saves},
+        "validation": {"dataset": held and _with_rate(held, facts)},
     }
     sections = {section: getattr(process, section).model_copy(update=values) for section, values in updates.items()}
+    sections["datasets"] = [_with_rate(dataset, facts) for dataset in process.datasets]
     return process.model_copy(update=sections)
+
+
+def _with_rate(dataset: DatasetConfig, facts: ArchSpec) -> DatasetConfig:
+    """The dataset with the rate at which its clips are taken."""
+    if dataset.num_frames == 1 or dataset.fps is not None:
+        return dataset
+    return dataset.model_copy(update={"fps": facts.fps})
+
+
+def _check_frames(process: TrainProcess, facts: ArchSpec) -> None:
+    asked = {f"datasets[{i}].num_frames": dataset.num_frames for i, dataset in enumerate(process.datasets)}
+    if process.validation.dataset is not None:
+        asked["validation.dataset.num_frames"] = process.validation.dataset.num_frames
+    asked["sample.num_frames"] = process.sample.num_frames
+    asked |= {f"sample.prompts[{i}].num_frames": p.num_frames or 1 for i, p in enumerate(process.sample.prompts)}
+    wrong = [f"{option}: {problem}" for option, frames in asked.items() if (problem := facts.frames_problem(frames))]
+    if facts.frame_factor is None and process.sample.fps is not None:
+        wrong.append(f"sample.fps: {facts.name} draws pictures, which have no frames; leave it out")
+    if wrong:
+        raise UserError("\n".join(wrong))
+
+
+def _text_lr(process: TrainProcess) -> float | None:
+    train = process.train
+    return train.lr if train.train_text_encoder and train.text_encoder_lr is None else train.text_encoder_lr
 
 
 def _check_times(process: TrainProcess, facts: ArchSpec) -> None:
@@ -148,6 +200,47 @@ def _check_times(process: TrainProcess, facts: ArchSpec) -> None:
             f"train.min_snr_gamma: {facts.name} is a flow model, which has no min-SNR weighting; leave it out "
             f"(train.timestep_type: weighted weighs its times)"
         )
+
+
+def _check_guidance(process: TrainProcess, title: str, variant: Variant) -> None:
+    asked = {"sample.guidance_scale": process.sample.guidance_scale}
+    asked |= {f"sample.prompts[{i}].guidance_scale": p.guidance_scale for i, p in enumerate(process.sample.prompts)}
+    for option, guidance in asked.items():
+        if (problem := variant.guidance_problem(guidance)) is not None:
+            raise UserError(f"{option}: {title}: {problem}")
+
+
+def _check_controls(process: TrainProcess, facts: ArchSpec) -> None:
+    validation = process.validation.dataset
+    sets = {f"datasets[{index}]": dataset for index, dataset in enumerate(process.datasets)}
+    sets |= {} if validation is None else {"validation.dataset": validation}
+    asked = [f"{name}.control_path" for name, dataset in sets.items() if dataset.control_path is not None]
+    for index, prompt in enumerate(process.sample.prompts):
+        given = {"control": prompt.control, "inpaint": prompt.inpaint}
+        asked += [f"sample.prompts[{index}].{name}" for name, path in given.items() if path is not None]
+    # Switches that only say how a hole is drawn count for nothing: every job that is written down holds them.
+    shares = {"control_dropout": process.controls.control_dropout, "inpaint": process.controls.inpaint}
+    asked += [f"controls.{name}" for name, share in shares.items() if share]
+    for option in asked:
+        kind: Control = "inpaint" if option.rpartition(".")[2].startswith("inpaint") else "control"
+        if kind not in facts.controls:
+            able = ", ".join(name for name in built() if kind in spec(name).controls)
+            raise UserError(
+                f"{option}: {facts.title} is told of no such pictures; leave it out, or take an architecture that is "
+                f"(model.arch: {able})"
+            )
+
+
+def check_variant(facts: ArchSpec, name: str, config: Mapping[str, object]) -> None:
+    """Refuse a denoiser whose config says that it is not the variant by that name."""
+    wrong = [
+        f"{key} is {config.get(key)}" for key, value in facts.variants[name].config.items() if config.get(key) != value
+    ]
+    if not wrong:
+        return
+    others = [other for other, variant in facts.variants.items() if variant.fits(config)]
+    hint = f"; it looks like {others[0]}: set model.arch: {facts.name}:{others[0]}" if others else ""
+    raise UserError(f"this model is not {facts.title} {name} ({', '.join(wrong)}){hint}")
 
 
 def advice(process: TrainProcess) -> list[str]:

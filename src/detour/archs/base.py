@@ -1,7 +1,7 @@
 """What the engine asks of an architecture: `ArchSpec` is data, `Arch` is behaviour.
 
-Shapes: B batch, C channels, H W height and width (latent unless named), L tokens, D features. Latents named BCHW are
-BCFHW, F frames, where a model draws video (`ArchSpec.frame_factor`).
+Shapes: B batch, C channels, H W height and width (latent unless named), L tokens, D features. Where a model draws video
+(`ArchSpec.frame_factor`), latents named BCHW are BCFHW and pixels named B3HW are B3FHW, F frames.
 Time t is in [0, 1]: 0 clean, 1 noise. Flow models: z_t = (1 - t) z_0 + t eps, target v = eps - z_0. Of the 1000 noise
 levels of a diffusion model (`eps`, `v`: what it predicts), the k-th is at t = k / 1000.
 This module imports no torch, so that listing and checking stay instant.
@@ -12,6 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from math import exp
 from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from detour.nn.lora_keys import LoraKeys
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     """What one prompt becomes: named tensors without a batch axis, e.g. `{"tokens_LD": ...}`."""
 
 
+Control = Literal["control", "inpaint"]
 TextEncoders = Any
 """An architecture's text encoders with their tokenizers: whatever it likes, with `.to(device)`."""
 Scheduler = Any
@@ -83,15 +86,31 @@ class Variant:
     """Where VAE, text encoder, tokenizer and scheduler come from when `repo` holds the denoiser alone."""
     scheduler: Mapping[str, object] = field(default_factory=dict)
     """Settings in which it is sampled otherwise than its scheduler's config says."""
+    config: Mapping[str, object] = field(default_factory=dict)
+    """Entries of the denoiser's config by which it is told from the other variants."""
+    shift: float | DynamicShift | None = None
+    """Where it was trained with another shift than the architecture's other variants."""
+    text_tokens: int | None = None
+    """Most tokens of a prompt, where they are others than the architecture's."""
+    fixed_guidance: bool = False
+    """It has no guidance of any kind: a number other than `guidance` would be passed over in silence, so is refused."""
 
+    modelspec: str | None = None
+    """Architecture id in metadata, where it is another than the architecture's."""
+    licence: str | None = None
+    """Of these weights, where it is another than the architecture's."""
+    objective: Literal["eps", "v"] | None = None
+    """What it predicts, where that is not what the architecture's other variants do. For metadata: see `ArchSpec`."""
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LoraKeys:
-    """How a module's name is written in each LoRA file format."""
+    def fits(self, config: Mapping[str, object]) -> bool:
+        """Could a denoiser of that config be this variant?"""
+        return all(config.get(key) == value for key, value in self.config.items())
 
-    comfy_prefix: str
-    diffusers_prefix: str
-    kohya_prefix: str
+    def guidance_problem(self, guidance: float | None) -> str | None:
+        """Why it cannot be drawn with that guidance, or None where it can."""
+        if not self.fixed_guidance or guidance in (None, self.guidance):
+            return None
+        return f"{guidance:g} would have no effect, since this model knows no guidance; use {self.guidance:g}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,22 +145,43 @@ class ArchSpec:
     """Architecture id in a LoRA's modelspec metadata, without `/lora`."""
     licence: str
     components: tuple[str, ...] = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
+    optional: tuple[str, ...] = ()
+    """Components that a model may be made without, which its index then says."""
     denoiser: str = "transformer"
     """The component that is trained."""
     diffusers_loader: str = ""
     """The class in `diffusers.loaders` that loads its LoRAs; empty where diffusers has none (then PEFT loads them)."""
+    diffusers_kinds: tuple[str, ...] = ("lora", "dora")
+    """The kinds of adapter that this class loads: most refuse keys without `lora` in them."""
+    controls: tuple[Control, ...] = ()
+    """What pictures it can be told besides the prompt: one to follow, and one with a hole to fill."""
+    told_by: tuple[str, int] | None = None
+    """How its LoRAs are told from those of relatives with layers of the same names: one's last name, and its inputs."""
     guidance_kind: Literal["negative", "embedded"] = "negative"
     """How guidance comes about: from a second prediction for the negative prompt, or as a number given to the model."""
+    guidance_batched: bool = True
+    """Both predictions of guidance are made in one batch. False where the pipeline makes two calls, which needs half
+    the memory for activations; the last bits differ."""
+    negative_first: bool = False
+    """In that batch the negative prompt comes before the prompt, as in the pipeline. At sizes whose rows do not fill a
+    kernel's blocks, the last bits hang on it."""
+    negative_mark: str = ""
+    """Put before a negative prompt, so that `encode_prompts` knows it from a prompt: where its pipeline embeds the two
+    in different ways. Empty where they are embedded alike."""
     diffusers_guidance_offset: float = 0.0
     """What diffusers' pipeline counts less than this project: its scale is ours minus this."""
     size_unit: int = 16
     """Pixels by which both sides of a drawn picture must be divisible: a patch is mostly two latent positions wide."""
     frame_factor: int | None = None
     """Video: frames for each latent position after the first. None: the model knows pictures only."""
+    fps: float | None = None
+    """Video: frames a second of the clips that it was trained with."""
     keep_float32: str = ""
     """Regular expression of parameters that stay float32 whatever `model.dtype` says; empty for none."""
     bundled: tuple[str, ...] = ()
     """Components that a single file in the original layout may hold besides the denoiser."""
+    options: Mapping[str, object] = field(default_factory=dict)
+    """Settings in a model's `model_index.json` that decide how prompts are embedded, as they are where it has none."""
     timestep_types: tuple[TimestepType, ...] = field(
         default=(
             "sigmoid", "weighted", "linear", "shift", "lognorm_blend", "next_sample",
@@ -161,6 +201,18 @@ class ArchSpec:
         fits = " x ".join(str(max(unit, round(side / unit) * unit)) for side in (width, height))
         return f"{width} x {height} pixels cannot be drawn: {self.name} needs sides divisible by {unit}; try {fits}"
 
+    def frames_problem(self, frames: int) -> str | None:
+        """Why a clip of so many frames cannot be trained or drawn, or None where it can. 1 frame is a picture."""
+        if frames == 1:
+            return None
+        if self.frame_factor is None:
+            return f"{frames} frames: {self.name} knows pictures only; leave it out, or take a model of video"
+        below = max((frames - 1) // self.frame_factor * self.frame_factor + 1, 1)
+        if frames == below:
+            return None
+        unit = f"{self.frame_factor} k + 1"
+        return f"{frames} frames: {self.name} needs {unit} of them; try {below} or {below + self.frame_factor}"
+
     def latent_shape(self, width: int, height: int, frames: int = 1) -> tuple[int, ...]:
         """Shape of the latents of a picture (C, H, W) or, where the model draws video, of a clip (C, F, H, W)."""
         sides = (height // self.spatial_factor, width // self.spatial_factor)
@@ -168,11 +220,12 @@ class ArchSpec:
             return (self.latent_channels, *sides)
         return (self.latent_channels, (frames - 1) // self.frame_factor + 1, *sides)
 
-    def shift_at(self, latent_HW: tuple[int, int]) -> float:
-        """Shift of the flow schedule for latents of that height and width."""
-        if isinstance(self.shift, DynamicShift):
-            return exp(self.shift.mu_at((latent_HW[0] // 2) * (latent_HW[1] // 2)))
-        return self.shift
+    def shift_at(self, latent_HW: tuple[int, int], variant: Variant | None = None) -> float:
+        """Shift of the flow schedule for latents of that height and width, of a variant."""
+        shift = self.shift if variant is None or variant.shift is None else variant.shift
+        if isinstance(shift, DynamicShift):
+            return exp(shift.mu_at((latent_HW[0] // 2) * (latent_HW[1] // 2)))
+        return shift
 
     @property
     def default(self) -> Variant:

@@ -8,16 +8,19 @@ Shapes: B batch, C channels, H W height and width (latent, of pictures: pixels).
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     import torch
     from torch import Tensor, nn
 
-    from detour.archs.base import Scheduler
+    from detour import UserError
+    from detour.archs.base import ArchSpec, Condition, Scheduler
     from detour.weights import ModelSource, Placement
 
 
@@ -58,11 +61,16 @@ def load_vae(name: str, source: ModelSource, dtype: torch.dtype, device: torch.d
 
 
 def load_text_model(
-    name: str, folder: Path, placement: Placement, rename: Callable[[str], str | None] = lambda key: key
+    name: str,
+    folder: Path,
+    placement: Placement,
+    rename: Callable[[str], str | None] = lambda key: key,
+    tensors: Iterable[tuple[str, Tensor]] | None = None,
 ) -> Any:  # noqa: ANN401
     """A text encoder of transformers' class `name`, streamed in.
 
     `rename` turns a stored tensor's name into the module's, or into None where the module has no place for it.
+    `tensors` are the weights where they are not the folder's, as in an all-in-one file.
     """
     import transformers
 
@@ -72,9 +80,68 @@ def load_text_model(
     component_config(folder, "model_type", cls.config_class.model_type)
     config = cls.config_class.from_pretrained(folder)
     model = on_meta(lambda: cls(config))
-    renamed = ((rename(key), tensor) for key, tensor in folder_tensors(folder))
+    model.tie_weights()  # T5's two names of its embeddings: building on the meta device has parted them
+    stored = folder_tensors(folder) if tensors is None else tensors
+    renamed = ((rename(key), tensor) for key, tensor in stored)
+    placement = _as_transformers_places(cls._keep_in_fp32_modules or (), placement)
     materialise(model, ((key, tensor) for key, tensor in renamed if key), placement, where=str(folder))
     return model
+
+
+def load_tokenizer(folder: Path) -> Any:  # noqa: ANN401
+    """The tokenizer of a component folder. UserError where a package is missing that reads it."""
+    from transformers import AutoTokenizer
+    from transformers.utils import is_protobuf_available, is_sentencepiece_available
+
+    from detour import UserError
+
+    packed = not (folder / "tokenizer.json").is_file() and any(folder.glob("*.model"))
+    if packed and not (is_sentencepiece_available() and is_protobuf_available()):
+        raise UserError(
+            f"{folder}: this tokenizer is stored as a SentencePiece model, which takes two packages to read, and they "
+            f"are not (both) installed; install them with: pip install sentencepiece protobuf"
+        )
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def only_as_folder(source: ModelSource, title: str) -> UserError:
+    """The error for a single file of a model that is read from a folder alone."""
+    from detour import UserError
+
+    return UserError(
+        f"{source.single_file}: {title} is not read from a single file; give a folder in the diffusers layout, or a "
+        f"hub id"
+    )
+
+
+def _as_transformers_places(sensitive: Iterable[str], placement: Placement) -> Placement:
+    """The placement, with layers of these names (T5's `wo`) in float32 where the rest is float16, as in transformers.
+
+    T5 casts what goes into `wo` to the type of its weight, which would be bytes for a weight held in 4 bits: such a
+    layer stays as it is.
+    """
+    import torch
+
+    if not sensitive:
+        return placement
+    pattern, quantizer = rf"(^|\.)({'|'.join(sensitive)})\.", placement.quantizer
+
+    def quantise(name: str, linear: nn.Linear) -> nn.Module:
+        assert quantizer is not None
+        done = quantizer(name, linear)
+        floats = isinstance(done.weight, torch.Tensor) and done.weight.is_floating_point()
+        return done if floats or not re.search(pattern, f"{name}.") else linear
+
+    return replace(
+        placement,
+        quantizer=None if quantizer is None else quantise,
+        keep_float32=pattern if placement.dtype == torch.float16 else placement.keep_float32,
+    )
+
+
+def clip_name(key: str) -> str | None:
+    """The module's name of a tensor stored for a `CLIPTextModel`: published files have a prefix, and a buffer."""
+    return None if key.endswith(".position_ids") else key.removeprefix("text_model.")
 
 
 def load_scheduler(
@@ -150,6 +217,48 @@ def classifier_free(positive: Tensor, negative: Tensor, scale: float) -> Tensor:
     return positive if scale == 1 else negative + scale * (positive - negative)
 
 
+def levels(t_B: Tensor) -> Tensor:
+    """The noise levels (0 to 1000) of times, float32: whole numbers where they are meant, as a model was trained on.
+
+    A level k that went through float32 as k / 1000 comes back to within 6e-5. A scheduler's fractional levels, which
+    come in double, are further than that from a whole number, and stay.
+    """
+    import torch
+
+    level_B = t_B.double() * 1000
+    whole_B = level_B.round()
+    return torch.where((level_B - whole_B).abs() < 1e-4, whole_B, level_B).float()
+
+
+def check_sides(spec: ArchSpec, latents_BCHW: Tensor, longest: int) -> None:
+    """UserError for latents with a side of more than `longest` positions, all that the model has."""
+    from detour import UserError
+
+    height, width = (side * spec.spatial_factor for side in latents_BCHW.shape[-2:])
+    limit = longest * spec.spatial_factor
+    if max(height, width) > limit:
+        raise UserError(
+            f"a picture of {width} x {height} pixels: this {spec.title} has positions for sides of up to {limit} "
+            f"pixels; choose a smaller resolution, or leave out very long pictures"
+        )
+
+
+def padded(conditions: Sequence[Condition], length: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """tokens_BLD of prompts of any lengths, with zeros up to L = `length`, and mask_BL: 1 where there is a token.
+
+    Both in the type of `like` and on its device.
+    """
+    import torch
+
+    prompts = [condition["tokens_LD"] for condition in conditions]
+    tokens_BLD = torch.zeros(len(prompts), length, prompts[0].shape[1], dtype=like.dtype, device=like.device)
+    mask_BL = torch.zeros(len(prompts), length, dtype=like.dtype, device=like.device)
+    for place, tokens_LD in enumerate(prompts):
+        tokens_BLD[place, : len(tokens_LD)] = tokens_LD
+        mask_BL[place, : len(tokens_LD)] = 1
+    return tokens_BLD, mask_BL
+
+
 class TextModels:
     """Text encoders with their tokenizers, by component name."""
 
@@ -161,3 +270,20 @@ class TextModels:
         for model in self.models.values():
             model.to(device)
         return self
+
+
+def not_a_checkpoint(file: Path, names: Iterable[str], title: str) -> UserError:
+    """The error for a single file that holds another model than `title`, as far as its names tell which."""
+    from detour import UserError
+    from detour.nn.families import guess
+
+    listed = list(names)
+    if any(".lora_" in name for name in listed):
+        return UserError(
+            f"{file}: this is a LoRA, not a checkpoint of {title}; name the model it belongs to (a LoRA to go on "
+            f"training is network.pretrained_lora_path)"
+        )
+    looks = guess(listed)
+    if looks is None or title.startswith(looks):
+        return UserError(f"{file}: not a checkpoint of {title}; is model.arch right, and is it the whole model?")
+    return UserError(f"{file}: this looks like a checkpoint of {looks}, not of {title}; set model.arch accordingly")

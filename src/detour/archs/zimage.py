@@ -9,12 +9,12 @@ Shapes: B batch, C channels, H W latent height and width (of pictures: pixels), 
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING
 
-from detour import UserError
 from detour.archs import parts
-from detour.archs.base import ArchSpec, LoraKeys, Variant
+from detour.archs.base import ArchSpec, Variant
+from detour.nn.lora_keys import LoraKeys
+from detour.nn.original import Layout, in_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -33,6 +33,25 @@ _TURBO, _BASE, _DETURBO = "Tongyi-MAI/Z-Image-Turbo", "Tongyi-MAI/Z-Image", "ost
 _LINEARS = r"(attention\.to_(q|k|v|out\.0)|feed_forward\.w[123]|adaLN_modulation\.0)"
 _FINAL = r"all_final_layer\.2-1\.(linear|adaLN_modulation\.1)"
 _EMBEDDERS = rf"(t_embedder\.mlp\.[02]|cap_embedder\.1|all_x_embedder\.2-1|{_FINAL})"
+
+_ATTENTION = {
+    "attention.qkv": "attention.to_q attention.to_k attention.to_v /1",
+    "attention.out": "attention.to_out.0",
+    "attention.q_norm": "attention.norm_q",
+    "attention.k_norm": "attention.norm_k",
+}
+_ORIGINAL = Layout(
+    {
+        "x_embedder": "all_x_embedder.2-1",
+        "final_layer.linear": "all_final_layer.2-1.linear",
+        "final_layer.adaLN_modulation.1": "all_final_layer.2-1.adaLN_modulation.1",
+        "norm_final": "",  # in some files, and used by nobody
+    }
+    | in_blocks("layers.{}", "layers.{}", _ATTENTION)
+    | in_blocks("noise_refiner.{}", "noise_refiner.{}", _ATTENTION)
+    | in_blocks("context_refiner.{}", "context_refiner.{}", _ATTENTION),
+    foreign=("vae.", "first_stage_model.", "text_encoders.", "cond_stage_model."),
+)
 
 SPEC = ArchSpec(
     name="zimage",
@@ -62,20 +81,17 @@ SPEC = ArchSpec(
     lora_blocks=rf"layers\.\d+\.{_LINEARS}",
     lora_all=rf"((layers|noise_refiner|context_refiner)\.\d+\.{_LINEARS}|{_EMBEDDERS})",
     quantize_exclude=rf"^{_EMBEDDERS}$",
-    lora_keys=LoraKeys(comfy_prefix="diffusion_model.", diffusers_prefix="transformer.", kohya_prefix="lora_unet_"),
+    lora_keys=LoraKeys(
+        comfy_prefix="diffusion_model.",
+        diffusers_prefix="transformer.",
+        kohya_prefix="lora_unet_",
+        original=_ORIGINAL,
+    ),
     modelspec="Z-Image",
     licence="Apache-2.0",
     diffusers_loader="ZImageLoraLoaderMixin",
+    diffusers_kinds=("lora", "dora", "lokr"),
     diffusers_guidance_offset=1.0,
-)
-
-_ORIGINAL_PREFIX = re.compile(r"^(model\.)?diffusion_model\.")
-_NOT_THE_DENOISER = ("vae.", "first_stage_model.", "text_encoders.", "cond_stage_model.", "norm_final.")
-_ORIGINAL_NAMES = (
-    (re.compile(r"^x_embedder\."), "all_x_embedder.2-1."),
-    (re.compile(r"^final_layer\."), "all_final_layer.2-1."),
-    (re.compile(r"\.attention\.out\."), ".attention.to_out.0."),
-    (re.compile(r"\.attention\.([qk])_norm\."), r".attention.norm_\1."),
 )
 
 
@@ -199,15 +215,7 @@ def original_keys(key: str, tensor: Tensor) -> Sequence[tuple[str, Tensor]]:
 
     The fused `qkv` becomes three. Parts of an all-in-one file other than the transformer become nothing.
     """
-    name = _ORIGINAL_PREFIX.sub("", key)
-    if name.startswith(_NOT_THE_DENOISER):
-        return ()
-    for pattern, replacement in _ORIGINAL_NAMES:
-        name = pattern.sub(replacement, name)
-    if ".attention.qkv." not in name:
-        return ((name, tensor),)
-    parts = zip("qkv", tensor.chunk(3, dim=0), strict=True)
-    return tuple((name.replace(".qkv.", f".to_{part}."), chunk) for part, chunk in parts)
+    return _ORIGINAL.tensors(key, tensor)
 
 
 def _config_of(file: Path) -> dict[str, object]:
@@ -215,19 +223,23 @@ def _config_of(file: Path) -> dict[str, object]:
 
     from detour.weights import tensor_shapes
 
+    stored = tensor_shapes([file])
     shapes: dict[str, torch.Size] = {}
-    for key, shape in tensor_shapes([file]).items():
-        shapes |= {name: t.shape for name, t in original_keys(key, torch.empty(shape, device="meta"))}
 
     def count(blocks: str) -> int:
         return len({name.split(".")[1] for name in shapes if name.startswith(blocks)})
 
     try:
+        for key, shape in stored.items():
+            shapes |= {name: t.shape for name, t in original_keys(key, torch.empty(shape, device="meta"))}
         dim, patch_features = shapes["all_x_embedder.2-1.weight"]
         head = shapes["layers.0.attention.norm_q.weight"][0]
         text = shapes["cap_embedder.1.weight"][1]
+        query = shapes["layers.0.attention.to_q.weight"][0]
     except (KeyError, ValueError) as error:
-        raise UserError(f"{file}: not a Z-Image checkpoint (no usable {error}); is model.arch right?") from error
+        raise parts.not_a_checkpoint(file, stored, SPEC.title) from error
+    if query != dim:  # Lumina 2 has almost the same names, and fewer keys and values than queries
+        raise parts.not_a_checkpoint(file, stored, SPEC.title)
     return {
         "dim": dim,
         "in_channels": patch_features // 4,  # patches of 2 x 2

@@ -8,11 +8,12 @@ ai-toolkit itself does not know. Facts about ai-toolkit are from its sources at 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from detour.config import aitoolkit_keys as keys
 from detour.config.aitoolkit_part import Part, Translation, Value, as_patterns, assumed_note, map_texts, shown
-from detour.config.aitoolkit_train import datasets_of, sample_of, train_of
+from detour.config.aitoolkit_train import controls_of, datasets_of, sample_of, train_of
 from detour.config.document import Key, Problem
 from detour.config.explain import one_of
 from detour.config.job import QTYPE_ALIASES
@@ -91,7 +92,8 @@ def _process(part: Part) -> dict[str, Any]:
         part.refuse("type", f"{kind!r} is not available in Detour; allowed: {', '.join(keys.PROCESS_TYPES)}")
     elif kind not in keys.PROCESS_TYPES:
         part.refuse("type", one_of(kind, keys.PROCESS_TYPES))
-    model, arch = _model(part.part("model", keys.MODEL))
+    model_part = part.part("model", keys.MODEL)
+    model, arch = _model(model_part)
     train = part.part("train", keys.TRAIN)
     datasets = part.parts("datasets", keys.DATASET)
     logging, seed = _logging(part), {}
@@ -105,7 +107,8 @@ def _process(part: Part) -> dict[str, Any]:
         "network": _network(part, arch),
         "datasets": datasets_of(part, datasets, train),
         "train": {**train_of(train, arch, datasets), **seed},
-        "sample": sample_of(part, train),
+        "controls": controls_of(model_part, train, arch),
+        "sample": sample_of(part, train, arch),
         "save": _save(part.part("save", keys.SAVE)),
         "logging": logging,
     }
@@ -126,7 +129,7 @@ def _model(part: Part) -> tuple[dict[str, Any], str]:
         "arch": arch,
         "name_or_path": part.value("name_or_path"),
         "extras_name_or_path": part.value("extras_name_or_path").map(lambda path: path or None),
-        "assistant_lora_path": part.value("assistant_lora_path").map(lambda path: path or None),
+        "assistant_lora_path": part.value("assistant_lora_path").map(lambda path: _adapter_file(path) or None),
         "quantize": Value(quantize, part.key("quantize")),
         "quantize_te": Value(quantize_te, part.key("quantize_te")),
         "low_vram": part.value("low_vram", False),
@@ -135,6 +138,13 @@ def _model(part: Part) -> tuple[dict[str, Any], str]:
         section["layer_offloading"] = part.value("layer_offloading", True)
     section |= {name: _qtype(part, name) for name, on in (("qtype", quantize), ("qtype_te", quantize_te)) if on}
     return section, str(arch.value).split(":", maxsplit=1)[0]
+
+
+def _adapter_file(path: object) -> object:
+    """ai-toolkit takes a hub repository for the file that its adapter for FLUX has in it."""
+    if isinstance(path, str) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) and not path.endswith(".safetensors"):
+        return path if Path(path).exists() else f"{path}/pytorch_lora_weights.safetensors"
+    return path
 
 
 def _qtype(part: Part, name: str) -> Value:

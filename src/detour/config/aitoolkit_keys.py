@@ -65,7 +65,7 @@ MODEL = (
     _read(
         "name_or_path extras_name_or_path arch assistant_lora_path quantize quantize_te qtype qtype_te low_vram"
         " layer_offloading auto_memory is_v2 is_v3 is_xl is_pixart is_pixart_sigma is_auraflow is_flux is_lumina2"
-        " is_ssd is_vega"
+        " is_ssd is_vega model_kwargs"
     )
     | _silent(
         "dtype layer_offloading_transformer_percent layer_offloading_text_encoder_percent refiner_start_at"
@@ -82,9 +82,15 @@ MODEL = (
     | _refused("refiner_name_or_path", "there are no refiners")
     | _refused("lora_path inference_lora_path unconditional_lora_path", "the only other LoRA is assistant_lora_path")
     | _refused("accuracy_recovery_adapter", "there are no accuracy recovery adapters")
-    | _refused("model_kwargs in_context attn_masking use_flux_cfg is_v_pred", "the architecture has no such switch")
+    | _refused("in_context attn_masking use_flux_cfg is_v_pred", "the architecture has no such switch")
     | _refused("use_text_encoder_1 use_text_encoder_2", "every text encoder is used", True)
 )
+
+# Of flex2.
+MODEL_KWARGS = _read(
+    "invert_inpaint_mask_chance inpaint_dropout control_dropout do_random_inpainting random_blur_mask"
+    " random_dialate_mask"
+) | _noted("inpaint_random_chance", "every hole is drawn at random")
 
 NETWORK = (
     _read(
@@ -109,15 +115,15 @@ SAVE = (
     | _noted("push_to_hub", "nothing is uploaded; upload the file yourself")
 )
 
-_CONTROL = "control images need an architecture that takes them"
-_VIDEO = "Detour trains on pictures"
+_CONTROL = "no architecture takes such pictures"
+_CLIPS = "clips are taken by their frame rate here: write num_frames, fps and clip_part in Detour's own layout"
 _PIXELS = "pictures are trained as they are; edit the files instead"
 
 DATASET = (
     _read(
         "folder_path dataset_path default_caption caption_ext caption_type caption_dropout_rate trigger_word resolution"
         " num_repeats is_reg flip_x flip_y random_crop mask_path mask_min_value alpha_mask loss_multiplier"
-        " shuffle_tokens keep_tokens num_workers batch_size"
+        " shuffle_tokens keep_tokens num_workers batch_size control_path"
     )
     | _silent(
         "cache_latents cache_latents_to_disk cache_tensors_to_disk cache_clip_vision_to_disk cache_text_embeddings"
@@ -131,16 +137,18 @@ DATASET = (
     | _refused("network_weight", "the LoRA always trains at full strength; loss_multiplier weighs a dataset", 1)
     | _refused("type", "a dataset is a folder of pictures with captions", "image", "sd")
     | _refused("scale", "use resolution", 1)
-    | _refused("num_frames", _VIDEO, 0, 1)
-    | _refused("do_i2v do_audio", _VIDEO)
+    | _refused("num_frames", _CLIPS, 0, 1)
+    | _refused("do_i2v do_audio", "models of video are trained from a caption alone, without sound")
     | _refused("prior_reg diff_output_preservation", "the base model's own prediction is not a target yet")
     | _refused("token_dropout_rate random_triggers replacements", "use caption_dropout_rate, shuffle_tokens, or edit")
     | _refused("use_short_captions", "write the captions that you want into the caption files")
     | _refused("random_scale square_crop poi", "use random_crop or resolution")
     | _refused("augments augmentations standardize_images extra_values clip_image_augmentations", _PIXELS)
     | _refused("invert_mask", "invert the mask files (white counts)")
-    | _refused("control_path control_path_1 control_path_2 control_path_3 controls control_from_same_folder", _CONTROL)
-    | _refused("inpaint_path unconditional_path clip_image_path clip_image_from_same_folder", _CONTROL)
+    | _refused("control_path_1 control_path_2 control_path_3 control_from_same_folder", "one control_path is read")
+    | _refused("controls", "make control pictures beforehand and name their folder in control_path")
+    | _refused("inpaint_path", "holes are drawn at random (controls.inpaint)")
+    | _refused("unconditional_path clip_image_path clip_image_from_same_folder", _CONTROL)
 )
 
 _PRIOR = "the base model's own prediction is not a target yet"
@@ -153,7 +161,9 @@ TRAIN = (
         "batch_size steps lr gradient_accumulation optimizer optimizer_params lr_scheduler lr_scheduler_params"
         " max_grad_norm dtype noise_scheduler timestep_type content_or_style min_denoising_steps max_denoising_steps"
         " loss_type reg_weight ema_config gradient_checkpointing unload_text_encoder skip_first_sample"
+        " train_text_encoder"
         " disable_sampling validation_config do_differential_guidance do_guidance_loss min_snr_gamma"
+        " bypass_guidance_embedding"
     )
     | _silent(
         "cache_text_embeddings train_refiner sdp xformers text_encoder_lr refiner_lr embedding_lr adapter_lr"
@@ -163,7 +173,7 @@ TRAIN = (
         " signal_amplification_strength signal_correction_noise_scale paramiter_swapping_factor"
         " do_fft_velocity_equiv_weight correct_pred_norm_multiplier target_norm_std_value latent_feature_loss_weight"
         " diffusion_feature_extractor_weight switch_boundary_every audio_loss_multiplier max_negative_prompts"
-        " adapter_assist_type bypass_guidance_embedding show_turbo_outputs"
+        " adapter_assist_type show_turbo_outputs"
     )
     | _noted("unet_lr", "a network trains with train.lr alone, in ai-toolkit too")
     | _noted("content_or_style_reg", "has no effect in ai-toolkit either")
@@ -173,7 +183,6 @@ TRAIN = (
     | _noted("cfg_scale max_cfg_scale cfg_rescale", _CFG, 1)
     | _refused("gradient_accumulation_steps", "use train.gradient_accumulation", 1)
     | _refused("train_unet", "Detour trains the denoiser", True)
-    | _refused("train_text_encoder", "text encoders are not trained")
     | _refused("train_turbo", "a distilled model trains with a training adapter (model.assistant_lora_path)")
     | _refused("start_step", "a run goes on by itself from its newest checkpoint")
     | _refused("merge_network_on_save do_paramiter_swapping weight_jitter free_u", "trained weights are left alone")
@@ -229,21 +238,19 @@ LOGGING = (
 SAMPLE = (
     _read(
         "sampler sample_every width height neg seed walk_seed guidance_scale sample_steps network_multiplier prompts"
-        " samples"
+        " samples num_frames fps"
     )
-    | _silent("fps refiner_start_at adapter_conditioning_scale")
+    | _silent("refiner_start_at adapter_conditioning_scale")
     | _noted("sample_start_step", "previews begin with the run")
     | _noted("format", "previews are PNG, with how they were drawn in their text", "png")
     | _noted("guidance_rescale extra_values do_cfg_norm", "previews use plain guidance")
-    | _noted("num_frames", _VIDEO, 0, 1)
 )
 
 SAMPLE_ITEM = (
-    _read("prompt width height neg seed guidance_scale sample_steps network_multiplier")
+    _read("prompt width height neg seed guidance_scale sample_steps network_multiplier ctrl_img num_frames")
     | _silent("fps ctrl_idx")
-    | _noted("ctrl_img ctrl_img_1 ctrl_img_2 ctrl_img_3", "previews take no control image")
+    | _noted("ctrl_img_1 ctrl_img_2 ctrl_img_3", "previews take one control image")
     | _noted("do_cfg_norm", "previews use plain guidance")
-    | _noted("num_frames", _VIDEO, 0, 1)
 )
 
 # Options of ai-toolkit's inline flags in prompts (`a cat --w 512 --d 7`) -> option here, and how to read the value.
@@ -251,7 +258,7 @@ PROMPT_FLAGS: dict[str, tuple[str, type]] = {
     "w": ("width", int), "h": ("height", int), "d": ("seed", int), "seed": ("seed", int), "n": ("neg", str),
     "l": ("guidance_scale", float), "cfg": ("guidance_scale", float), "s": ("sample_steps", int),
     "steps": ("sample_steps", int), "m": ("network_multiplier", float),
-    "network_multiplier": ("network_multiplier", float),
+    "network_multiplier": ("network_multiplier", float), "ctrl_img": ("ctrl_img", str), "ctrl_idx": ("ctrl_idx", int),
 }  # fmt: skip
 
 # type -> ours
@@ -289,6 +296,10 @@ ARCH_FLAGS = {
     "is_v2": "sd2", "is_v3": "sd3", "is_xl": "sdxl", "is_pixart_sigma": "pixart_sigma", "is_pixart": "pixart",
     "is_auraflow": "auraflow", "is_flux": "flux", "is_lumina2": "lumina2", "is_ssd": "ssd", "is_vega": "vega",
 }  # fmt: skip
+
+# Architectures that are told of control pictures, and those trained with their embedding of guidance left out.
+CONTROLLED = ("flex2",)
+BYPASSED = ("flex1", "flex2")
 
 # Architectures with a UNet, for which ai-toolkit honours alpha and adapts convolutions; also pixart and auraflow keep
 # alpha there (their legacy class does not call itself a transformer).

@@ -8,6 +8,7 @@ from typing import Any
 
 from detour.config import aitoolkit_keys as keys
 from detour.config.aitoolkit_part import Part, Value, shown
+from detour.config.document import Problem
 from detour.config.explain import one_of
 
 # Models that predict noise; timestep_type means nothing for them.
@@ -48,6 +49,11 @@ def train_of(part: Part, arch: str, datasets: list[Part]) -> dict[str, Any]:
         section["unload_text_encoder"] = part.value("unload_text_encoder")
         if part.flag("unload_text_encoder", default=False):
             part.note("unload_text_encoder", "true: ai-toolkit then trains without captions; Detour always uses them")
+    if part.flag("train_text_encoder", default=False):
+        if arch in keys.UNETS:
+            section["train_text_encoder"] = part.value("train_text_encoder")
+        else:
+            part.refuse("train_text_encoder", f"only text encoders of {', '.join(keys.UNETS)} are trained; remove it")
     workers = next((dataset.value("num_workers") for dataset in datasets if dataset.has("num_workers")), None)
     if workers is not None:
         section["num_workers"] = workers
@@ -241,6 +247,8 @@ def _dataset(part: Part, train: Part) -> dict[str, Any]:
         section["folder_path"] = folder
     if part.has("default_caption"):
         section["default_caption"] = part.value("default_caption")
+    if part.raw("control_path"):
+        section["control_path"] = _one(part, "control_path")
     if part.raw("mask_path"):
         section["mask_path"] = part.value("mask_path")
     if part.raw("mask_path") or part.flag("alpha_mask", default=False):
@@ -248,7 +256,44 @@ def _dataset(part: Part, train: Part) -> dict[str, Any]:
     return section
 
 
-def sample_of(process: Part, train: Part) -> dict[str, Any]:
+def _one(part: Part, name: str) -> Value:
+    """A folder that may also be written as a list of folders, of which one is read."""
+    value = part.value(name)
+    folders = value.value if isinstance(value.value, list) else [value.value]
+    if len(folders) > 1:
+        part.refuse(name, f"{len(folders)} folders: one is read; put other controls into datasets of their own")
+    return value.map(lambda _: folders[0])
+
+
+def controls_of(model: Part, train: Part, arch: str) -> dict[str, Any]:
+    """The section `controls`, out of flex2's `model_kwargs`; and what is said of the embedding of guidance."""
+    bypass = train.flag("bypass_guidance_embedding", default=arch in keys.BYPASSED)
+    if bypass and arch == "flux":
+        train.refuse("bypass_guidance_embedding", "flux is told a guidance of 1; for Flex.1 set model.arch: flex1")
+    elif not bypass and arch in keys.BYPASSED:
+        train.refuse("bypass_guidance_embedding", f"{arch} always leaves its embedding of guidance out; remove it")
+    if arch not in keys.CONTROLLED:
+        if model.raw("model_kwargs"):
+            model.refuse("model_kwargs", "the architecture has no such switch; remove it")
+        return {}
+    part = model.part("model_kwargs", keys.MODEL_KWARGS)
+    section: dict[str, Any] = {}
+    if part.number("control_dropout", 0.0):
+        section["control_dropout"] = part.value("control_dropout")
+    if not part.flag("do_random_inpainting", default=False):
+        return section
+    share = Value(1 - part.number("inpaint_dropout", 0.0), part.key("inpaint_dropout"))
+    if not share.value:
+        return section
+    return section | {
+        "inpaint": share,
+        "inpaint_invert": part.value("invert_inpaint_mask_chance", 0.0),
+        "inpaint_soften": part.value("random_blur_mask", False),
+        "inpaint_vary": part.value("random_dialate_mask", False),
+    }
+
+
+def sample_of(process: Part, train: Part, arch: str) -> dict[str, Any]:
     """The section `sample`, with the two switches that ai-toolkit keeps in `train`."""
     part = process.part("sample", keys.SAMPLE)
     section: dict[str, Any] = {
@@ -262,14 +307,19 @@ def sample_of(process: Part, train: Part) -> dict[str, Any]:
         "guidance_scale": _guidance_scale(part, part.value("guidance_scale", 7.0)),
         "skip_first_sample": train.value("skip_first_sample", False),
         "disable_sampling": train.value("disable_sampling", False),
-        "prompts": _prompts(part),
+        "prompts": [_with_control(prompt, arch, process) for prompt in _prompts(part)],
     }
-    if part.has("sampler"):
-        section["sampler"] = part.value("sampler")
+    given = [name for name in ("sampler", "num_frames", "fps") if part.has(name)]
+    section |= {name: part.value(name) for name in given if name == "sampler" or _is_clip(part)}
     if not section["prompts"] and not train.flag("disable_sampling", default=False):
         process.note("sample", "without prompts ai-toolkit draws no previews; nor does this job")
         section["disable_sampling"] = Value(True, process.key("sample"))
     return section
+
+
+def _is_clip(part: Part) -> bool:
+    """Does it ask for more than a picture, which has 0 frames or 1 in ai-toolkit?"""
+    return part.raw("num_frames", 1) not in (0, 1)
 
 
 def _guidance_scale(part: Part, value: Value) -> Value:
@@ -296,9 +346,11 @@ def _prompts(part: Part) -> list[dict[str, Any]]:
     for item in items:
         prompt: dict[str, Any] = {
             name: item.value(name)
-            for name in ("neg", "seed", "width", "height", "sample_steps", "network_multiplier")
+            for name in ("neg", "seed", "width", "height", "sample_steps", "network_multiplier", "ctrl_img")
             if item.has(name)
         }
+        if _is_clip(item):
+            prompt["num_frames"] = item.value("num_frames")
         if item.has("guidance_scale"):
             prompt["guidance_scale"] = _guidance_scale(item, item.value("guidance_scale"))
         seed = prompt.get("seed", seed if not walk else None)
@@ -308,6 +360,18 @@ def _prompts(part: Part) -> list[dict[str, Any]]:
             prompt.setdefault("network_multiplier", part.value("network_multiplier"))
         prompts.append(prompt | _with_flags(item))
     return prompts
+
+
+def _with_control(prompt: dict[str, Any], arch: str, process: Part) -> dict[str, Any]:
+    """A prompt whose control image goes where its name says: there, one with a hole is called `*.inpaint.*`."""
+    prompt = {name: value for name, value in prompt.items() if name != "ctrl_idx"}
+    picture: Value | None = prompt.pop("ctrl_img", None)
+    if picture is None:
+        return prompt
+    if arch not in keys.CONTROLLED:
+        process.out.notes.append(Problem(picture.key, f"{picture.value}: previews take no control image with {arch}"))
+        return prompt
+    return prompt | {"inpaint" if ".inpaint." in str(picture.value) else "control": picture}
 
 
 def _with_flags(item: Part) -> dict[str, Any]:

@@ -11,9 +11,11 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from detour.config.controls import ControlsConfig
 from detour.config.data import DatasetConfig
 from detour.config.model import ModelConfig, NetworkConfig
 from detour.config.outputs import LoggingConfig, PromptConfig, SampleConfig, SaveConfig, ValidationConfig
+from detour.config.preserve import PreserveConfig, strategy_terms
 from detour.config.section import (
     QTYPE_ALIASES,
     ComputeType,
@@ -27,9 +29,9 @@ from detour.config.section import (
 from detour.config.training import EmaConfig, TrainConfig
 
 __all__ = [
-    "QTYPE_ALIASES", "ComputeType", "DType", "DatasetConfig", "EmaConfig", "Job", "JobConfig", "LoggingConfig",
-    "ModelArch", "ModelConfig", "NetworkConfig", "OptimizerName", "PromptConfig", "QType", "SampleConfig", "SaveConfig",
-    "Section", "TimestepType", "TrainConfig", "TrainProcess", "ValidationConfig",
+    "QTYPE_ALIASES", "ComputeType", "ControlsConfig", "DType", "DatasetConfig", "EmaConfig", "Job", "JobConfig",
+    "LoggingConfig", "ModelArch", "ModelConfig", "NetworkConfig", "OptimizerName", "PromptConfig", "QType",
+    "SampleConfig", "SaveConfig", "Section", "TimestepType", "TrainConfig", "TrainProcess", "ValidationConfig",
 ]  # fmt: skip
 
 
@@ -51,6 +53,8 @@ class TrainProcess(Section):
     save: SaveConfig = SaveConfig()
     validation: ValidationConfig = ValidationConfig()
     logging: LoggingConfig = LoggingConfig()
+    preserve: PreserveConfig = PreserveConfig()
+    controls: ControlsConfig = ControlsConfig()
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -68,8 +72,23 @@ class TrainProcess(Section):
                 f"network.type: {self.network.type} is made from the base weights, into which "
                 f"model.assistant_lora_mode: merged adds the training adapter; use factored"
             )
+        terms = strategy_terms(self.preserve)
+        if any(term.target == "average" for term in terms) and not self.train.ema_config.use_ema:
+            raise ValueError("preserve: a term with target: average needs train.ema_config.use_ema: true")
+        if self.network.type == "full" and any(term.target in ("frozen", "average", "path") for term in terms):
+            raise ValueError(
+                "preserve: network.type: full changes the weights that the untouched model is made of; train an adapter"
+            )
+        if self.preserve.strategy == "training_adapter" and self.model.assistant_lora_path is None:
+            raise ValueError("preserve.strategy: training_adapter needs model.assistant_lora_path, the adapter")
         if self.network.type in ("lokr", "loha") and self.model.quantize and self.model.qtype == "nf4":
             raise ValueError(f"network.type: {self.network.type} needs model.qtype int8 or float8, not nf4")
+        return self
+
+    @model_validator(mode="after")
+    def _check_controls(self) -> Self:
+        if self.controls.control_dropout and all(dataset.control_path is None for dataset in self.all_datasets):
+            raise ValueError("controls.control_dropout has no effect: no dataset has a control_path")
         return self
 
     @property

@@ -1,5 +1,6 @@
 """The sections `sample`, `save`, `validation` and `logging` of a job file: what comes out. See `job.py`."""
 
+from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -27,10 +28,16 @@ class PromptConfig(Section):
     """Height of the picture."""
     guidance_scale: float | None = Field(default=None, ge=1)
     """1 means no guidance."""
+    num_frames: int | None = Field(default=None, ge=1)
+    """Frames of the clip."""
     sample_steps: int | None = Field(default=None, ge=1)
     """Denoising steps."""
     network_multiplier: float | None = None
     """Strength of the LoRA in this preview."""
+    control: Path | None = None
+    """Models that take a control picture (Flex.2): the picture to follow, scaled and cut to the preview's size."""
+    inpaint: Path | None = None
+    """Models that fill holes (Flex.2): a picture whose transparent parts are to be filled."""
 
 
 class SampleConfig(Section):
@@ -46,6 +53,10 @@ class SampleConfig(Section):
     """Width of the pictures."""
     height: int = Field(default=1024, ge=32)
     """Height of the pictures."""
+    num_frames: int = Field(default=1, ge=1)
+    """Models of video: frames of each clip, 4 k + 1 for Wan, saved as an animated PNG; 1 draws pictures."""
+    fps: float | None = Field(default=None, gt=0, le=1000)
+    """Frames a second at which clips are played. Default: the architecture's (16 for Wan)."""
     prompts: list[Annotated[PromptConfig, BeforeValidator(_as_prompt, json_schema_input_type=str | PromptConfig)]] = []
     """What to draw. Without any, the first captions of the dataset are used (up to 4)."""
     neg: str = ""

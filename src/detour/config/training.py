@@ -35,6 +35,12 @@ class TrainConfig(Section):
     """Save after every so many epochs (see also `save.save_every`)."""
     lr: float = Field(default=1e-4, ge=0)
     """Learning rate. Prodigy finds its own: it multiplies this by an estimate and wants 1.0."""
+    train_text_encoder: bool = False
+    """Train a LoRA on the text encoders too (Stable Diffusion 1, 2, XL and its kin): on all layers of attention and
+    feed-forward (`network.include` and `exclude` choose among the denoiser's alone), with the rank of `network`.
+    Captions are then embedded in every step."""
+    text_encoder_lr: float | None = Field(default=None, ge=0)
+    """Learning rate of the text encoders. Default: `lr`; half of it or less is usual."""
     optimizer: OptimizerName = "adamw"
     """`adamw8bit` holds its state in 8 bits (bitsandbytes)."""
     optimizer_params: dict[str, float | bool | int | str | list[float]] = {}
@@ -74,7 +80,7 @@ class TrainConfig(Section):
     """Recompute activations in the backward pass: far less memory, about 45 % more time at 1024 pixels."""
     unload_text_encoder: bool = True
     """Free the text encoder once every caption and prompt is in the cache. False keeps it in main memory. Captions
-    count either way."""
+    count either way. No effect where the text encoder is trained."""
     cache_text_embeddings: bool = True
     """Embed captions once and keep the result. False is not built yet and is an error."""
     cache_folder: Path | None = None
@@ -93,6 +99,8 @@ class TrainConfig(Section):
     def _check(self) -> Self:
         if self.steps is not None and self.epochs is not None:
             raise ValueError("train.steps and train.epochs exclude each other; keep one")
+        if self.text_encoder_lr is not None and not self.train_text_encoder:
+            raise ValueError("train.text_encoder_lr has no effect without train.train_text_encoder: true")
         if self.min_timestep >= self.max_timestep:
             raise ValueError(
                 f"train.min_timestep ({self.min_timestep}) must be below train.max_timestep ({self.max_timestep})"

@@ -62,6 +62,11 @@ def _detail(size: tuple[int, int], picture: tuple[int, int]) -> int:
     return min(size[0] * picture[1], size[1] * picture[0])
 
 
+def first_frame(frames: int, wanted: int, mode: Literal["start", "random"], sha256: str, variant: int) -> int:
+    """Where in a clip of so many frames the wanted ones begin. `random` is a function of content and variant alone."""
+    return 0 if mode == "start" else seed_for("clip", sha256, variant) % (frames - wanted + 1)
+
+
 def crop(bucket: Bucket, mode: Literal["center", "random"], sha256: str, variant: int) -> tuple[int, int]:
     """Left and top of the part that is kept. `random` is a function of the picture's content and the variant alone."""
     spare_w, spare_h = bucket.scaled_w - bucket.width, bucket.scaled_h - bucket.height

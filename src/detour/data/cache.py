@@ -12,7 +12,7 @@ import json
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import safetensors.torch
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from detour import UserError, files
 from detour.config.job import DatasetConfig
-from detour.data.images import RESAMPLE
+from detour.data.images import RESAMPLE, Transform
 from detour.data.order import Item, transform_of
 from detour.data.scan import Picture
 
@@ -149,24 +149,38 @@ class Keys:
     """`identity(...)` of text encoders and tokenizers, with their types, the architecture and its token limit."""
     spatial_factor: int
     """Pixels for each latent position, along a side: what masks are scaled down by."""
+    embedded: bool = True
+    """Captions are embedded ahead. They are not where their encoders are trained: what they give changes."""
 
     def latents(self, item: Item, config: DatasetConfig, crop: int) -> str:
         """Key of an item's latents in one crop variant."""
         transform = asdict(transform_of(item, config, crop))
         return _hash("latents", LATENTS_VERSION, item.picture.sha256, transform, int(RESAMPLE), self.vae)
 
+    def control(self, item: Item, config: DatasetConfig, crop: int) -> str | None:
+        """Key of the latents of an item's control picture, treated as its picture is; None where it has none."""
+        if item.picture.control_sha256 is None:
+            return None
+        transform = asdict(control_transform(item, config, crop))
+        return _hash("latents", LATENTS_VERSION, item.picture.control_sha256, transform, int(RESAMPLE), self.vae)
+
     def mask(self, item: Item, config: DatasetConfig, crop: int) -> str | None:
         """Key of an item's mask at latent size; None where it has none."""
         source = mask_source(item.picture, config)
         if source is None:
             return None
-        # The colours do not matter to a mask.
-        transform = asdict(transform_of(item, config, crop)) | {"flatten": False}
+        # Neither the colours nor the frames of a clip matter to a mask.
+        transform = asdict(transform_of(item, config, crop)) | {"flatten": False, "clip": None}
         return _hash("mask", MASKS_VERSION, source[1], config.alpha_mask, transform, int(RESAMPLE), self.spatial_factor)
 
     def prompt(self, prompt: str) -> str:
         """Key of a prompt's condition."""
         return _hash("text", TEXT_VERSION, prompt, self.text)
+
+
+def control_transform(item: Item, config: DatasetConfig, crop: int) -> Transform:
+    """What is done to the pixels of an item's control picture."""
+    return replace(transform_of(item, config, crop), flatten=True)
 
 
 def mask_source(picture: Picture, config: DatasetConfig) -> tuple[Path, str] | None:

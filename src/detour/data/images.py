@@ -53,7 +53,7 @@ _UPRIGHT = {
 }
 _SIDEWAYS = frozenset({5, 6, 7, 8})
 # What Pillow's decoders raise on damaged files (found by flipping bytes, tests/data/test_images.py).
-_DECODING = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, KeyError, IndexError, TypeError,
+DECODING = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, KeyError, IndexError, TypeError,
              OverflowError)  # fmt: skip
 _MAGIC = {
     b"GIF8": "a GIF", b"II*\0": "a TIFF", b"MM\0*": "a TIFF", b"8BPS": "a Photoshop file", b"%PDF": "a PDF",
@@ -85,6 +85,18 @@ class Facts:
     detail: float
     """Grey levels of detail finer than two pixels, at the size it is trained at; see `_detail`."""
     notes: tuple[Note, ...]
+    frames: int = 1
+    """Of a clip: so many at the rate at which they are taken, as far as that was looked into."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClipPart:
+    """Which frames of a clip are taken."""
+
+    first: int
+    frames: int
+    fps: float | None
+    """Frames a second that are counted; None counts them as they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +113,8 @@ class Transform:
     flip_y: bool
     flatten: bool
     """Transparent parts become white; otherwise the colour below them is used."""
+    clip: ClipPart | None = None
+    """Of clips: the frames."""
 
 
 class Budget:
@@ -170,7 +184,7 @@ def pixels(path: Path, sha256: str, transforms: list[Transform]) -> list[np.ndar
     for transform in transforms:
         if transform.flatten not in upright:
             upright[transform.flatten] = _rgb(data, transform.flatten)
-    return [_applied(upright[transform.flatten], transform) for transform in transforms]
+    return [applied(upright[transform.flatten], transform) for transform in transforms]
 
 
 def mask_pixels(path: Path, sha256: str, transforms: list[Transform], alpha: bool) -> list[np.ndarray]:
@@ -180,7 +194,7 @@ def mask_pixels(path: Path, sha256: str, transforms: list[Transform], alpha: boo
     """
     data = _read_again(path, sha256)
     mask = _alpha(data) if alpha else _mask(data)
-    return [_applied(mask, transform) for transform in transforms]
+    return [applied(mask, transform) for transform in transforms]
 
 
 def _read(path: Path) -> bytes:
@@ -207,6 +221,18 @@ def _read_again(path: Path, sha256: str) -> bytes:
     return data
 
 
+def upright(path: Path) -> Image.Image:
+    """A picture in RGB, upright, transparent parts white; BadPictureError if it cannot be used."""
+    return _rgb(_read(path), flatten=True)
+
+
+def require_size(width: int, height: int) -> None:
+    """BadPictureError for more pixels than are ever decoded."""
+    count = width * height
+    if count > MAX_PIXELS:
+        raise BadPictureError(_too_large(f"{width} x {height}, {count / 1e6:.0f}"))
+
+
 def _open(data: bytes) -> ImageFile.ImageFile:
     """Header only. Refuses other formats, too many pixels, and animations."""
     try:
@@ -216,11 +242,9 @@ def _open(data: bytes) -> ImageFile.ImageFile:
     except UnidentifiedImageError:
         found = f"is {_guess(data)}, not a PNG, JPEG, WebP or BMP picture"
         raise BadPictureError(f"{found}; convert it or remove it") from None
-    except _DECODING as error:
+    except DECODING as error:
         raise BadPictureError(_damaged(error)) from None
-    count = picture.width * picture.height
-    if count > MAX_PIXELS:
-        raise BadPictureError(_too_large(f"{picture.width} x {picture.height}, {count / 1e6:.0f}"))
+    require_size(picture.width, picture.height)
     if isinstance(picture, PngImageFile | WebPImageFile) and picture.n_frames > 1:
         raise BadPictureError(f"is animated ({picture.n_frames} frames); save one frame as a picture of its own")
     return picture
@@ -236,7 +260,7 @@ def _decode_fully(picture: ImageFile.ImageFile, resolution: int) -> tuple[bool, 
         picture.load()
         alpha = _has_alpha(picture) and picture.convert("RGBA").getchannel("A").getextrema() != (255, 255)
         return alpha, _detail(_eight_bits(picture).convert("L"), size)
-    except _DECODING as error:
+    except DECODING as error:
         raise BadPictureError(_damaged(error)) from None
 
 
@@ -267,7 +291,7 @@ def _orientation(picture: Image.Image) -> int:
     """The EXIF orientation, 1 to 8; BadPictureError where the EXIF data cannot be read."""
     try:
         turn = picture.getexif().get(_ORIENTATION, 1)
-    except _DECODING as error:
+    except DECODING as error:
         raise BadPictureError(f"has unreadable EXIF data ({error})") from None
     return turn if turn in _UPRIGHT else 1
 
@@ -285,7 +309,7 @@ def _loaded(data: bytes) -> tuple[Image.Image, int]:
     picture = _open(data)
     try:
         picture.load()
-    except _DECODING as error:
+    except DECODING as error:
         raise BadPictureError(_damaged(error)) from None
     turn = _turn(picture)
     return _eight_bits(picture), turn
@@ -329,7 +353,8 @@ def _mask(data: bytes) -> Image.Image:
     return _upright(picture.convert("RGB").convert("L"), turn)
 
 
-def _applied(picture: Image.Image, transform: Transform) -> np.ndarray:
+def applied(picture: Image.Image, transform: Transform) -> np.ndarray:
+    """The picture as a transform makes it: uint8 of shape (height, width) with its channels, if it has several."""
     size = (transform.scaled_w, transform.scaled_h)
     scaled = picture if picture.size == size else picture.resize(size, RESAMPLE)
     right, bottom = transform.left + transform.width, transform.top + transform.height

@@ -3,7 +3,8 @@
 The order is planned in the main process; worker processes only read, so any number of them (or none) gives the same
 sequence. Every entry is verified as it is read.
 
-Shapes: B batch, C channels, H W height and width (latent).
+Shapes: B batch, C channels, H W height and width (latent), F frames. Latents named BCHW are BCFHW where the model draws
+video.
 """
 
 from __future__ import annotations
@@ -86,10 +87,10 @@ def load_batch(source: Source, plan: BatchPlan) -> Batch:
     configs = [source.datasets[draw.item.picture.dataset] for draw in plan.draws]
     pairs = list(zip(plan.draws, configs, strict=True))
     latents = [
-        _entry(source, LATENTS, source.keys.latents(draw.item, config, draw.crop), draw)["latents_CHW"]
+        next(iter(_entry(source, LATENTS, source.keys.latents(draw.item, config, draw.crop), draw).values()))
         for draw, config in pairs
     ]
-    conditions = [_entry(source, TEXT, source.keys.prompt(draw.prompt), draw) for draw in plan.draws]
+    conditions = [_caption(source, draw) | _control(source, draw, config) for draw, config in pairs]
     masks = [_mask(source, draw, config) for draw, config in pairs]
     factor = source.reg_weight if plan.is_reg else 1.0
     blank_1HW = torch.ones(1, *latents[0].shape[-2:])
@@ -106,6 +107,17 @@ def load_batch(source: Source, plan: BatchPlan) -> Batch:
         is_reg=plan.is_reg,
         epoch=plan.epoch,
     )
+
+
+def _caption(source: Source, draw: Draw) -> Condition:
+    """What the caption was embedded to; nothing where that is done while training."""
+    return _entry(source, TEXT, source.keys.prompt(draw.prompt), draw) if source.keys.embedded else {}
+
+
+def _control(source: Source, draw: Draw, config: DatasetConfig) -> Condition:
+    """What is told of a control picture, under the name that architectures know it by."""
+    key = source.keys.control(draw.item, config, draw.crop)
+    return {} if key is None else {"control_CHW": _entry(source, LATENTS, key, draw)["latents_CHW"]}
 
 
 def _framing(draw: Draw, config: DatasetConfig) -> Framing:

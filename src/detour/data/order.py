@@ -23,10 +23,12 @@ from detour import UserError
 from detour.config.job import DatasetConfig
 from detour.data import buckets, captions
 from detour.data.buckets import Bucket
-from detour.data.images import Transform
+from detour.data.images import ClipPart, Transform
 from detour.data.scan import Picture
 from detour.seeds import seed_for
 
+_PLACES = {"folder_path", "mask_path", "control_path", "captions_file", "bad_images"}
+"""Options of a dataset that do not decide what is trained, or do so by the contents that they lead to."""
 Position = tuple[int, int]
 """Epoch and place of a batch in it, both from 0."""
 _Numbers = NDArray[np.uint64]
@@ -96,7 +98,15 @@ def transform_of(item: Item, config: DatasetConfig, crop: int) -> Transform:
         flip_x=item.flip_x,
         flip_y=item.flip_y,
         flatten=item.picture.alpha and not config.alpha_mask,
+        clip=_clip_part(item.picture, config, crop),
     )
+
+
+def _clip_part(picture: Picture, config: DatasetConfig, crop: int) -> ClipPart | None:
+    if config.num_frames == 1:
+        return None
+    first = buckets.first_frame(picture.frames, config.num_frames, config.clip_part, picture.sha256, crop)
+    return ClipPart(first, config.num_frames, config.fps)
 
 
 def trigger_of(config: DatasetConfig, default: str | None) -> str | None:
@@ -108,7 +118,7 @@ def trigger_of(config: DatasetConfig, default: str | None) -> str | None:
 
 def crop_variants(config: DatasetConfig) -> int:
     """Number of different crops of each item."""
-    return config.crop_variants if config.crop == "random" else 1
+    return config.crop_variants if "random" in (config.crop, config.clip_part) else 1
 
 
 @dataclass(frozen=True)
@@ -178,11 +188,12 @@ class Order:
         """Sha256 over all that decides what is trained: contents, captions, transforms, settings. Not where it lies."""
         digest = hashlib.sha256()
         for config in self.datasets:
-            chosen = config.model_dump(mode="json", exclude={"folder_path", "mask_path", "captions_file", "bad_images"})
+            chosen = config.model_dump(mode="json", exclude=_PLACES)
             digest.update(json.dumps([chosen, trigger_of(config, self.trigger)], sort_keys=True).encode() + b"\n")
         for item in self.items:
             picture, bucket = item.picture, item.bucket
             what = [picture.dataset, picture.key, picture.sha256, picture.mask_sha256, picture.captions]
+            what += [picture.control_sha256] if picture.control_sha256 is not None else []
             size = [bucket.width, bucket.height, bucket.scaled_w, bucket.scaled_h, item.flip_x, item.flip_y]
             digest.update(json.dumps([what, size]).encode() + b"\n")
         return digest.hexdigest()
@@ -285,9 +296,11 @@ class _Deck:
         self.dropout = np.array([config.caption_dropout_rate for config in configs], np.float64)
         self.repeats_each = np.array([config.num_repeats for config in configs], np.int64)
         self.crops = np.array([crop_variants(config) for config in configs], np.int64)
-        sizes = np.array([[item.bucket.width, item.bucket.height] for item in items], np.int64).reshape(-1, 2)
+        cut = [item.bucket for item in items]
+        sides = [[b.width, b.height, config.num_frames] for b, config in zip(cut, configs, strict=True)]
+        sizes = np.array(sides, np.int64).reshape(-1, 3)
         self.sizes: NDArray[np.int64] = np.unique(sizes, axis=0, return_inverse=True)[1].reshape(-1)
-        """Number of the bucket's size."""
+        """Number of the bucket's size, frames included."""
 
 
 def _mixed(values: _Numbers, salt: int) -> _Numbers:
@@ -361,6 +374,7 @@ def validation_order(
         "flip_x": False,
         "flip_y": False,
         "crop": "center",
+        "clip_part": "start",
         "is_reg": False,
     }
     calm = [config.model_copy(update=plain) for config in datasets]

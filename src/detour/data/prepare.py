@@ -4,7 +4,7 @@ Encoders are loaded only if something is missing. Pictures and prompts are encod
 once would be a little faster: batched kernels round differently, and then an entry that had to be made again would
 not be the one that was there before.
 
-Shapes: C channels, H W height and width (latent), L tokens.
+Shapes: C channels, F frames, H W height and width (latent), L tokens.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -22,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from detour import RefusedError, UserError, files
-from detour.data import images
-from detour.data.cache import LATENTS, MASKS, TEXT, Keys, Store, mask_source
+from detour.data import clips, images
+from detour.data.cache import LATENTS, MASKS, TEXT, Keys, Store, control_transform, mask_source
 from detour.data.order import Order, crop_variants, transform_of
 from detour.events import Sink, StageEvent, WarningEvent
 
@@ -32,7 +33,8 @@ if TYPE_CHECKING:
     from detour.data.images import Transform
 
 READERS, WRITERS = 4, 2  # threads that decode pictures ahead of the encoder, and write behind it
-_TOGETHER = 8  # crops of one picture decoded at once: 24 MB of pixels at 1024 x 1024
+_TOGETHER = 8 << 20  # pixels of one file's crops that are decoded at once, where several fit: 24 MB
+_WAITING = 256 << 20  # bytes of pixels that may wait for the encoder: two clips of 81 frames at 832 x 480
 _Source = TypeVar("_Source")
 _Result = TypeVar("_Result")
 
@@ -57,6 +59,16 @@ class _Missing:
     kind: str
     key: str
     transform: Transform
+
+    @property
+    def frames(self) -> int:
+        """How many pictures are decoded for it."""
+        return self.transform.clip.frames if self.transform.clip is not None and self.kind == LATENTS else 1
+
+    @property
+    def pixels(self) -> int:
+        """Of all its frames."""
+        return self.transform.width * self.transform.height * self.frames
 
 
 def prepare(
@@ -88,7 +100,9 @@ def token_count(condition: Condition) -> int:
 
 
 def prepare_prompts(prompts: Sequence[str], encoders: Encoders, store: Store, sink: Sink) -> dict[str, int]:
-    """Cache the conditions of these prompts; tokens of each."""
+    """Cache the conditions of these prompts; tokens of each (where none are cached: the most there can be)."""
+    if not encoders.keys.embedded:
+        return dict.fromkeys(prompts, encoders.arch.spec.text_tokens)
     meter = _Meter(sink, "captions", len(prompts))
     lengths: dict[str, int] = {}
     missing: list[str] = []
@@ -151,6 +165,10 @@ def prepare_latents(orders: Sequence[Order], encoders: Encoders, store: Store, s
                 key = encoders.keys.latents(item, config, crop)
                 wanted[item.picture.path, item.picture.sha256, False][key] = _Missing(LATENTS, key, transform)
                 mask = encoders.keys.mask(item, config, crop)
+                control = encoders.keys.control(item, config, crop)
+                if control is not None and item.picture.control is not None:
+                    beside = (item.picture.control, str(item.picture.control_sha256), False)
+                    wanted[beside][control] = _Missing(LATENTS, control, control_transform(item, config, crop))
                 if source is not None and mask is not None:
                     wanted[*source, config.alpha_mask][mask] = _Missing(MASKS, mask, transform)
     meter = _Meter(sink, "latents", sum(map(len, wanted.values())))
@@ -175,14 +193,17 @@ def _encode(
 ) -> None:
     """Decode in threads, encode one at a time, write in threads. The VAE is loaded if a picture is among them."""
     vae = encoders.load_vae() if any(entry.kind == LATENTS for _, entry in missing) else None
+    tasks = list(_tasks(missing))
+    waiting = _WAITING // (3 * max(sum(entry.pixels for entry in task.entries) for task in tasks))
     with ThreadPoolExecutor(READERS) as readers, _Writer(store) as writer, torch.no_grad():
-        for task, arrays in _ahead(readers, _decoded, _tasks(missing)):
+        for task, arrays in _ahead(readers, _decoded, tasks, min(2 * READERS, waiting)):
             for entry, array in zip(task.entries, arrays, strict=True):
                 if entry.kind == MASKS:
                     tensors = {"mask_1HW": _pooled(array, encoders.keys.spatial_factor)}
                 else:
                     assert vae is not None
-                    tensors = {"latents_CHW": _latents(encoders, vae, array, task.path)}
+                    latents = _latents(encoders, vae, array, task.path)
+                    tensors = {"latents_CHW" if latents.ndim == 3 else "latents_CFHW": latents}
                 writer.put(entry.kind, entry.key, tensors)
                 meter.add(1)
 
@@ -203,20 +224,25 @@ def _tasks(missing: Sequence[tuple[tuple[Path, str, bool], _Missing]]) -> Iterat
     for source, entry in missing:
         groups[source, entry.kind].append(entry)
     for (source, _), entries in groups.items():
-        for start in range(0, len(entries), _TOGETHER):
-            yield _Task(*source, tuple(entries[start : start + _TOGETHER]))
+        together = max(1, _TOGETHER // max(entry.pixels for entry in entries))
+        for start in range(0, len(entries), together):
+            yield _Task(*source, tuple(entries[start : start + together]))
 
 
 def _decoded(task: _Task) -> list[np.ndarray]:
     transforms = [entry.transform for entry in task.entries]
     if task.entries[0].kind == MASKS:
         return images.mask_pixels(task.path, task.sha256, transforms, task.alpha)
+    if transforms[0].clip is not None:
+        return clips.pixels(task.path, task.sha256, transforms)
     return images.pixels(task.path, task.sha256, transforms)
 
 
 def _latents(encoders: Encoders, vae: nn.Module, array: np.ndarray, path: Path) -> Tensor:
-    """Latents of RGB bytes (H, W, 3)."""
-    pixels_3HW = torch.from_numpy(array).permute(2, 0, 1).float() / 127.5 - 1.0
+    """Latents of RGB bytes (H, W, 3), or of a clip's (F, H, W, 3). A model of video takes a picture as one frame."""
+    if encoders.arch.spec.frame_factor is not None and array.ndim == 3:
+        array = array[None]
+    pixels_3HW = torch.from_numpy(array).movedim(-1, 0).float() / 127.5 - 1.0
     latents_1CHW = encoders.arch.encode_images(vae, pixels_3HW[None].to(encoders.device))
     _require_finite(latents_1CHW, f"the VAE gave {path} values that are not finite; give the VAE a wider type")
     return latents_1CHW[0]
@@ -278,13 +304,13 @@ class _Writer:
 
 
 def _ahead(
-    pool: ThreadPoolExecutor, work: Callable[[_Source], _Result], sources: Iterable[_Source]
+    pool: ThreadPoolExecutor, work: Callable[[_Source], _Result], sources: Iterable[_Source], ahead: int = 2 * READERS
 ) -> Iterator[tuple[_Source, _Result]]:
-    """Results in order, worked on a little ahead of whoever takes them."""
+    """Results in order, with so many worked on ahead of whoever takes them."""
     pending: deque[tuple[_Source, Future[_Result]]] = deque()
     for source in sources:
         pending.append((source, pool.submit(work, source)))
-        if len(pending) > 2 * READERS:
+        if len(pending) > ahead:
             first, future = pending.popleft()
             yield first, future.result()
     for first, future in pending:
@@ -302,8 +328,8 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 def _expected_bytes(entry: _Missing, arch: Arch) -> int:
     """Float32 latents, or a float32 mask."""
-    places = entry.transform.width * entry.transform.height // arch.spec.spatial_factor**2
-    return 4 * places * (arch.spec.latent_channels if entry.kind == LATENTS else 1)
+    shape = arch.spec.latent_shape(entry.transform.width, entry.transform.height, entry.frames)
+    return 4 * prod(shape if entry.kind == LATENTS else shape[-2:])
 
 
 def _require_space(store: Store, needed: int, what: str) -> None:

@@ -11,21 +11,17 @@ import difflib
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import TypeVar
 
 from detour import RefusedError, UserError
 from detour.config.job import DatasetConfig
-from detour.data import caption_files, images
+from detour.data import caption_files, clips, companions, images
 from detour.data.captions import PLACEHOLDER
+from detour.data.companions import parallel, stem_of
 
 LISTED = 20  # problems named in an error; the rest is counted
 BLURRED = 1.5  # grey levels, see `images._detail`
-_CHUNK = 128  # pictures handed to the threads at a time
-
-_Result = TypeVar("_Result")
 Progress = Callable[[int, int], None]
 """Called with the pictures checked so far, and all."""
 
@@ -48,8 +44,12 @@ class Picture:
     """As written, at least one; empty text is possible."""
     mask: Path | None = None
     mask_sha256: str | None = None
+    control: Path | None = None
+    control_sha256: str | None = None
     alpha: bool = False
     """Something in it is transparent."""
+    frames: int = 1
+    """Of a clip: see `images.Facts`. A clip is called a picture here; its key may be that of a folder of frames."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,12 +88,14 @@ class _Draft:
     config: DatasetConfig
     folder: Path
     keys: list[str] = field(default_factory=list)
-    """The pictures."""
+    """The pictures, or the clips."""
+    folders: frozenset[str] = frozenset()
+    """Those of `keys` that are folders of frames."""
     texts: dict[str, str] = field(default_factory=dict)
     """The caption files, by their keys without the ending."""
     captions: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    masks: dict[str, tuple[Path, str, int, int]] = field(default_factory=dict)
-    """Path, sha256, width and height of each picture's mask."""
+    masks: dict[str, companions.File] = field(default_factory=dict)
+    controls: dict[str, companions.File] = field(default_factory=dict)
     facts: dict[str, images.Facts] = field(default_factory=dict)
     errors: list[str] = field(default_factory=list)
     """What is wrong with the dataset as a whole."""
@@ -102,6 +104,10 @@ class _Draft:
 
     def reject(self, key: str, reason: str) -> None:
         self.problems[key].append(reason)
+
+    def stem(self, key: str) -> str:
+        """What the key shares with its caption and its mask."""
+        return key if key in self.folders else stem_of(key)
 
     def note(self, message: str, names: Sequence[str]) -> None:
         """A finding about files, if there are any."""
@@ -134,7 +140,8 @@ def scan(
             errors.append(f"datasets[{index}]: {error}")
     total, done = sum(len(draft.keys) for draft in drafts), 0
     for draft in drafts:
-        _attach_masks(draft)
+        companions.attach_masks(draft)
+        companions.attach_controls(draft)
         for count in _check_pictures(draft, divisibility):
             if progress is not None:
                 progress(done + count, total)
@@ -167,7 +174,7 @@ def _error(errors: list[str], fatal: list[Problem]) -> UserError:
 
 
 def _picture(draft: _Draft, key: str) -> Picture:
-    facts, mask = draft.facts[key], draft.masks.get(key)
+    facts, mask, control = draft.facts[key], draft.masks.get(key), draft.controls.get(key)
     return Picture(
         path=draft.folder / key,
         key=key,
@@ -178,7 +185,10 @@ def _picture(draft: _Draft, key: str) -> Picture:
         captions=draft.captions[key],
         mask=mask[0] if mask else None,
         mask_sha256=mask[1] if mask else None,
+        control=control[0] if control else None,
+        control_sha256=control[1] if control else None,
         alpha=facts.alpha,
+        frames=facts.frames,
     )
 
 
@@ -193,12 +203,14 @@ def _read_folder(index: int, config: DatasetConfig) -> _Draft:
         _require_folder(config.mask_path.expanduser(), "mask_path")
         if config.alpha_mask:
             raise UserError("mask_path and alpha_mask exclude each other; keep one")
+    if config.control_path is not None:
+        _require_folder(config.control_path.expanduser(), "control_path")
     _sort_files(draft)
     if config.captions_file is not None:
         _captions_from_table(draft, draft.folder / config.captions_file.expanduser())
     else:
         _captions_from_files(draft)
-    if config.captions_file is None or config.mask_path is not None:
+    if config.captions_file is None or config.mask_path is not None or config.control_path is not None:
         _reject_shared_stems(draft)
     return draft
 
@@ -217,29 +229,42 @@ def _require_folder(folder: Path, option: str) -> None:
 
 
 def _sort_files(draft: _Draft) -> None:
-    """Which files are pictures and which are captions; others are none of our business."""
+    """Which files are pictures (or clips) and which are captions; others are none of our business."""
     ending = "." + draft.config.caption_ext.lower().lstrip(".")
-    unread: list[str] = []
-    for key in _walk(draft):
-        suffix = PurePosixPath(key).suffix.lower()
-        if suffix in images.ENDINGS:
-            draft.keys.append(key)
-        elif suffix in images.UNREAD_ENDINGS:
-            unread.append(key)
-        elif key.lower().endswith(ending):
-            draft.texts[key[: -len(ending)]] = key
-    for key in unread:
-        draft.reject(key, "is in a format that is not read; convert it to PNG, JPEG or WebP, or move it away")
+    there = _walk(draft)
+    draft.texts = {key[: -len(ending)]: key for key in there if key.lower().endswith(ending)}
+    if draft.config.num_frames > 1:
+        kind, formats = "clips", clips.DESCRIPTION
+        found = clips.sort(draft.folder, there)
+        draft.keys, draft.folders, unread = found.clips, found.folders, found.misplaced
+        if (problem := clips.decoder_problem(draft.keys)) is not None:
+            raise UserError(f"folder_path: {draft.folder}: {problem}")
+    else:
+        kind, formats = "pictures", ", ".join(images.ENDINGS)
+        draft.keys = [key for key in there if PurePosixPath(key).suffix.lower() in images.ENDINGS]
+        unread = {key: reason for key in there if (reason := _why_unread(PurePosixPath(key).suffix.lower()))}
+    for key, reason in unread.items():
+        draft.reject(key, reason)
     if not draft.keys:
         deeper = "" if draft.config.recursive else " (recursive: false, subfolders were not read)"
-        found = f"; {len(unread)} files are in formats that are not read, convert them" if unread else ""
-        raise UserError(f"folder_path: no pictures ({', '.join(images.ENDINGS)}) in {draft.folder}{deeper}{found}")
+        first = min(unread, default="")
+        passed = f"; {len(unread)} files cannot be used: {first} {unread[first]}" if unread else ""
+        raise UserError(f"folder_path: no {kind} ({formats}) in {draft.folder}{deeper}{passed}")
+
+
+def _why_unread(suffix: str) -> str | None:
+    """Why a file among pictures cannot be used that somebody might have meant to; None for others."""
+    if suffix in clips.VIDEO_ENDINGS | clips.UNREAD_ENDINGS:
+        return "is a video among pictures; models of video take clips (set num_frames), others know pictures only"
+    if suffix in images.UNREAD_ENDINGS:
+        return "is in a format that is not read; convert it to PNG, JPEG or WebP, or move it away"
+    return None
 
 
 def _walk(draft: _Draft) -> list[str]:
     """Keys of all files, sorted. Hidden files and folders are not the user's pictures, and masks are not pictures."""
-    folder, mask = draft.folder, draft.config.mask_path
-    masks = mask.expanduser().resolve() if mask is not None else None
+    folder, beside = draft.folder, (draft.config.mask_path, draft.config.control_path)
+    not_pictures = {path.expanduser().resolve() for path in beside if path is not None}
     keys: list[str] = []
 
     def unreadable(error: OSError) -> None:
@@ -249,7 +274,7 @@ def _walk(draft: _Draft) -> list[str]:
     for place, folders, files in os.walk(folder, onerror=unreadable, followlinks=True):
         here = Path(place)
         real = here.resolve()
-        if real == masks or any(real == parent.resolve() for parent in here.parents):
+        if real in not_pictures or any(real == parent.resolve() for parent in here.parents):
             folders.clear()  # a link that leads back up would never end
             continue
         folders[:] = sorted(name for name in folders if not name.startswith(".")) if draft.config.recursive else []
@@ -270,7 +295,7 @@ def _captions_from_files(draft: _Draft) -> None:
     used: set[str] = set()
     empty: list[str] = []
     for key in draft.keys:
-        stem = _stem(key)
+        stem = draft.stem(key)
         name = draft.texts.get(stem)
         used.add(stem)
         if name is None:
@@ -309,10 +334,6 @@ def _captions_from_table(draft: _Draft, path: Path) -> None:
     draft.note("pictures with an empty caption (trained without one)", empty)
 
 
-def _stem(key: str) -> str:
-    return PurePosixPath(key).with_suffix("").as_posix()
-
-
 def _caption_or_default(draft: _Draft, key: str, reason: str) -> None:
     if draft.config.default_caption is None:
         draft.reject(key, f"{reason}; write one, or set default_caption")
@@ -324,7 +345,7 @@ def _reject_shared_stems(draft: _Draft) -> None:
     """`a.jpg` and `a.png` would both take `a.txt`, and one of them is likely a mistake."""
     stems: dict[str, list[str]] = defaultdict(list)
     for key in draft.keys:
-        stems[_stem(key)].append(key)
+        stems[draft.stem(key)].append(key)
     for keys in stems.values():
         for key in keys if len(keys) > 1 else []:
             others = " and ".join(PurePosixPath(other).name for other in keys if other != key)
@@ -346,41 +367,17 @@ def _check_whole(draft: _Draft, trigger: str | None) -> None:
 # ------------------------------------------------------------------------------------------------------- pictures
 
 
-def _attach_masks(draft: _Draft) -> None:
-    """Find and check the mask of each picture."""
-    if draft.config.mask_path is None:
-        return
-    folder = draft.config.mask_path.expanduser()
-    found: dict[str, list[str]] = defaultdict(list)
-    for path in sorted(folder.rglob("*") if draft.config.recursive else folder.iterdir()):
-        if path.suffix.lower() in images.ENDINGS and not path.name.startswith("."):
-            name = path.relative_to(folder).as_posix()
-            found[_stem(name)].append(name)
-    wanted: dict[str, Path] = {}
-    for key in draft.keys:
-        names = found.pop(_stem(key), [])
-        if len(names) == 1:
-            wanted[key] = folder / names[0]
-        elif names:
-            draft.reject(key, f"has several masks ({', '.join(names)}); keep one")
-        else:
-            draft.reject(key, f"has no mask: {folder} has no picture of that name; add one")
-    budget = images.Budget()
-    for key, mask in _parallel(lambda path: images.check_mask(path, budget), wanted):
-        if isinstance(mask, images.BadPictureError):
-            draft.reject(key, f"has a mask that cannot be used: {wanted[key]} {mask}")
-        elif mask[3] == 0 and draft.config.mask_min_value == 0:
-            draft.reject(key, f"would never count: its mask {wanted[key]} is black and mask_min_value is 0")
-        else:
-            draft.masks[key] = (wanted[key], mask[0], mask[1], mask[2])
-    draft.note("masks without a picture", [name for names in found.values() for name in names])
-
-
 def _check_pictures(draft: _Draft, divisibility: int) -> Iterator[int]:
     """Check the pictures; yields the number done, now and then."""
-    budget, resolution = images.Budget(), max(draft.config.resolution)
+    budget, config = images.Budget(), draft.config
+
+    def work(path: Path) -> images.Facts:
+        if config.num_frames > 1:
+            return clips.check(path, config.num_frames, config.fps, whole=config.clip_part == "random")
+        return images.check(path, budget, max(config.resolution))
+
     paths = {key: draft.folder / key for key in draft.keys}
-    for count, (key, facts) in enumerate(_parallel(lambda path: images.check(path, budget, resolution), paths), 1):
+    for count, (key, facts) in enumerate(parallel(work, paths), 1):
         if isinstance(facts, images.BadPictureError):
             draft.reject(key, str(facts))
         else:
@@ -396,33 +393,9 @@ def _check_sizes(draft: _Draft, key: str, divisibility: int) -> None:
     if min(facts.width, facts.height) < divisibility and not draft.config.upscale:
         advice = "use a larger one, or set upscale: true"
         draft.reject(key, f"is too small ({size}): both sides must have {divisibility} pixels; {advice}")
-    if mask is None:
-        return
-    # The mask is scaled as the picture is: a rounded pixel may differ, the proportions may not.
-    expected = facts.height * mask[2] / facts.width
-    if abs(expected - mask[3]) > max(1.0, 0.01 * expected):
-        found = f"{mask[2]} x {mask[3]}, the picture {size}"
-        draft.reject(
-            key, f"and its mask {mask[0]} have different proportions ({found}); draw the mask over the picture"
-        )
-
-
-def _parallel(
-    work: Callable[[Path], _Result], paths: dict[str, Path]
-) -> Iterator[tuple[str, _Result | images.BadPictureError]]:
-    """Do the work in threads (decoding and hashing release the lock), in order, with a bounded number under way."""
-
-    def guarded(path: Path) -> _Result | images.BadPictureError:
-        try:
-            return work(path)
-        except images.BadPictureError as error:
-            return error
-
-    keys = list(paths)
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        for start in range(0, len(keys), _CHUNK):
-            part = keys[start : start + _CHUNK]
-            yield from zip(part, pool.map(guarded, [paths[key] for key in part]), strict=True)
+    for what, beside in (("mask", mask), ("control picture", draft.controls.get(key))):
+        if beside is not None and (problem := companions.mismatch(facts, beside, what)) is not None:
+            draft.reject(key, problem)
 
 
 def _find_health(draft: _Draft) -> None:

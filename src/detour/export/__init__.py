@@ -20,7 +20,8 @@ from detour.export.inspection import inspect_file
 from detour.export.metadata import Origin, describe
 from detour.export.reading import read_lora
 from detour.export.verify import NotProvenError, Proof, base_weights, layer_shapes, own_shapes, verify
-from detour.lora_formats import LoraFile, from_training, to_format
+from detour.lora_formats import LoraFile, diffusers_refuses, from_training, is_flat, to_format
+from detour.nn.together import to_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -53,9 +54,9 @@ class Base:
     """Their weights, which a DoRA in the comfy format needs."""
 
     @classmethod
-    def of(cls, denoiser: nn.Module, spec: ArchSpec) -> Base:
-        """The model at hand, with or without the adapter on it."""
-        return cls(spec=spec, shapes=layer_shapes(denoiser), weight=base_weights(denoiser))
+    def of(cls, trained: nn.Module, spec: ArchSpec) -> Base:
+        """The model at hand, with or without the adapter on it: the denoiser, or it and text encoders together."""
+        return cls(spec=spec, shapes=to_file(trained, layer_shapes(trained)), weight=base_weights(trained))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,7 +88,7 @@ def write_lora(
             proof = verify(tmp, lora, base.spec, fmt, base.shapes)
         except NotProvenError as error:
             raise NotProvenError(f"{path} was not kept: {error}") from error
-    return Written(path=path, sha256=hashlib.sha256(data).hexdigest(), proof=proof, notes=_notes(lora, fmt))
+    return Written(path=path, sha256=hashlib.sha256(data).hexdigest(), proof=proof, notes=_notes(lora, base.spec, fmt))
 
 
 def convert(source: Path, target: Path, spec: ArchSpec, fmt: Format, shapes: Shapes | None = None) -> Written:
@@ -101,19 +102,24 @@ def convert(source: Path, target: Path, spec: ArchSpec, fmt: Format, shapes: Sha
     return Written(path=target, sha256=written.sha256, proof=written.proof, notes=lora.notes + written.notes)
 
 
-def _notes(lora: LoraFile, fmt: Format) -> tuple[str, ...]:
+def _notes(lora: LoraFile, spec: ArchSpec, fmt: Format) -> tuple[str, ...]:
     """What another program than the format's own makes of the file."""
     notes = []
-    if fmt == "diffusers" and any(lora.scale(name) != 1 for name in lora.modules):
+    if fmt == "diffusers" and "comfy" in spec.lora_keys.original_in:
+        notes.append(f"ComfyUI does not know diffusers' names of {spec.title}; give it comfy")
+    elif fmt == "diffusers" and any(lora.scale(name) != 1 for name in lora.modules):
         notes.append("alpha differs from the rank: ComfyUI does not read it in the format diffusers; give it comfy")
     if fmt == "diffusers" and lora.kind == "dora":
         notes.append("ComfyUI does not read a DoRA's norms in the format diffusers; give it comfy")
     if fmt == "comfy" and lora.kind == "dora":
         notes.append("diffusers drops a DoRA's norms in the format comfy; give it diffusers")
-    if fmt == "comfy" and lora.kind == "loha":
-        notes.append("diffusers refuses a LoHa; ComfyUI reads it")
-    if fmt == "kohya":
+    if fmt == "comfy" and lora.kind not in spec.diffusers_kinds:
+        what = {"loha": "LoHa", "lokr": "LoKr"}.get(lora.kind, lora.kind)
+        notes.append(f"diffusers refuses a {what}; ComfyUI reads it")
+    if fmt == "kohya" and not is_flat("comfy", spec) and fmt not in spec.lora_keys.original_in:
         notes.append("ComfyUI may find only a part of the layers by kohya's names; give it comfy")
+    if lora.kind == "lora" and (reason := diffusers_refuses(lora, spec, fmt)):
+        notes.append(f"for ComfyUI alone: diffusers does not load it, since {reason}; give it the format diffusers")
     return tuple(notes)
 
 

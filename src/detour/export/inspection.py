@@ -12,13 +12,17 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from detour import UserError, archs, files
-from detour.export.families import count_by_family, guess
-from detour.export.reading import adapter_keys, read_lora
+from detour.export.reading import adapter_keys, added_shape, read_lora
+from detour.lora_formats import LoraFile, by_module
+from detour.nn.families import count_by_family, guess
 from detour.weights import find_file
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
+
+    from detour.archs.base import ArchSpec
+    from detour.config.job import ModelArch
 
 STATE = "state.json"
 KIND_KEY = "detour.kind"
@@ -50,16 +54,13 @@ def inspect_file(path: Path) -> dict[str, Any]:
 
 def _adapter(path: Path, shapes: Mapping[str, list[int]], metadata: Mapping[str, str]) -> dict[str, Any]:
     made = metadata.get(KIND_KEY) or ("training adapter" if "training_adapter" in path.name else "lora")
-    problem = None
-    for arch in archs.built():
-        try:
-            lora = read_lora(path, archs.spec(arch))
-        except UserError as error:
-            problem = str(error)
-            continue
+    found, problem = _readings(path, metadata)
+    if found:
+        arch, lora = next(iter(found.items()))
         return {
             "what": made,
             "arch": arch,
+            "also_fits": list(found)[1:],
             "format": lora.format,
             "kind": lora.kind,
             "rank": lora.rank,
@@ -82,6 +83,33 @@ def _adapter(path: Path, shapes: Mapping[str, list[int]], metadata: Mapping[str,
         "step": _step(metadata),
         "problem": problem,
     }
+
+
+def _readings(path: Path, metadata: Mapping[str, str]) -> tuple[dict[ModelArch, LoraFile], str | None]:
+    """The file as a LoRA of each architecture that it may belong to, or why it is none of the last one tried.
+
+    Relatives have layers of the same names: then the header decides, or the features that a layer takes.
+    """
+    found: dict[ModelArch, LoraFile] = {}
+    problem = None
+    for arch in archs.built():
+        try:
+            found[arch] = read_lora(path, archs.spec(arch))
+        except UserError as error:
+            problem = str(error)
+    if named := {arch: lora for arch, lora in found.items() if arch == metadata.get("detour.arch")}:
+        return named, None
+    fitting = {arch: lora for arch, lora in found.items() if _takes(lora, archs.spec(arch))}
+    return fitting or found, problem
+
+
+def _takes(lora: LoraFile, spec: ArchSpec) -> bool:
+    """Do layers take the features that this architecture's do?"""
+    if spec.told_by is None:
+        return True
+    ending, features = spec.told_by
+    told = [parts for name, parts in by_module(lora.tensors).items() if name.endswith(f".{ending}")]
+    return all(added_shape(parts, lora.kind)[1] == features for parts in told)
 
 
 def _counts(values: Mapping[str, float]) -> dict[str, int]:

@@ -22,6 +22,16 @@ if TYPE_CHECKING:
     from detour.lora_formats import LoraFile
 
 _MODULES = {"lora": "networks.lora", "dora": "networks.lora", "lokr": "lycoris.kohya", "loha": "lycoris.kohya"}
+_VERSIONS = {
+    "stable-diffusion-v1": "sd_v1",
+    "stable-diffusion-v2-512": "sd_v2",
+    "stable-diffusion-v2-768-v": "sd_v2",
+    "stable-diffusion-xl-v1-base": "sdxl_base_v1-0",
+    "segmind-ssd-1b": "sdxl_ssd-1b",
+    "segmind-vega": "sdxl_vega",
+}
+"""`ss_base_model_version` by modelspec's id. A1111 hides LoRAs that do not go with the model it has loaded: one that
+begins with `sdxl_` is of SDXL, one with `ss_v2` of 2.x, every other of 1.x. Of other models it is the architecture."""
 _PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
@@ -59,15 +69,17 @@ def describe(lora: LoraFile | None, spec: ArchSpec, origin: Origin) -> dict[str,
 
 def _modelspec(lora: LoraFile | None, spec: ArchSpec, origin: Origin) -> dict[str, object]:
     side = max((max(dataset.resolution) for dataset in origin.process.all_datasets), default=None)
+    variant = spec.variants.get(origin.process.model.variant or spec.default_variant, spec.default)
+    predicts = variant.objective or spec.objective
     return {
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": spec.modelspec + ("/lora" if lora is not None else ""),
+        "modelspec.architecture": (variant.modelspec or spec.modelspec) + ("/lora" if lora is not None else ""),
         "modelspec.implementation": "https://github.com/huggingface/diffusers",
         "modelspec.title": origin.title,
         "modelspec.date": origin.date and origin.date.isoformat(timespec="seconds"),
         "modelspec.resolution": side and f"{side}x{side}",
-        "modelspec.prediction_type": {"eps": "epsilon"}.get(spec.objective, spec.objective),
-        "modelspec.license": spec.licence,
+        "modelspec.prediction_type": {"eps": "epsilon"}.get(predicts, predicts),
+        "modelspec.license": variant.licence or spec.licence,
     }
 
 
@@ -86,10 +98,13 @@ def _detour(spec: ArchSpec, origin: Origin) -> dict[str, object]:
 
 def _training(spec: ArchSpec, origin: Origin) -> dict[str, object]:
     train, model = origin.process.train, origin.process.model
+    variant = spec.variants.get(model.variant or spec.default_variant, spec.default)
+    version = _VERSIONS.get(variant.modelspec or spec.modelspec, spec.name)
     public = {variant.repo for variant in spec.variants.values()}
     return {
         "ss_output_name": origin.title,
-        "ss_base_model_version": spec.name,
+        "ss_base_model_version": version,
+        "ss_v2": "True" if version == "sd_v2" else None,
         "ss_sd_model_name": model.name_or_path if model.name_or_path in public else None,
         "ss_steps": origin.step,
         "ss_max_train_steps": train.steps,
@@ -98,6 +113,7 @@ def _training(spec: ArchSpec, origin: Origin) -> dict[str, object]:
         "ss_total_batch_size": train.batch_size * train.gradient_accumulation,
         "ss_gradient_accumulation_steps": train.gradient_accumulation,
         "ss_learning_rate": train.lr,
+        "ss_text_encoder_lr": train.text_encoder_lr,
         "ss_optimizer": train.optimizer,
         "ss_lr_scheduler": train.lr_scheduler,
         "ss_seed": train.seed,

@@ -9,12 +9,26 @@ from __future__ import annotations
 import json
 import math
 import re
-from itertools import product
+from functools import cache
+from itertools import count
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from detour import UserError
-from detour.export.families import guess
-from detour.lora_formats import DORA_SCALE, MAGNITUDE, Format, Kind, LoraFile, dotted, kind_of, kohya_prefix, lokr_shape
+from detour.lora_formats import (
+    DORA_SCALE,
+    MAGNITUDE,
+    Format,
+    Kind,
+    LoraFile,
+    dotted,
+    is_flat,
+    kind_of,
+    kohya_prefix,
+    lokr_shape,
+)
+from detour.nn.families import guess
+from detour.nn.fused import take_apart
+from detour.nn.original import Held
 from detour.weights import find_file, read_tensors
 
 if TYPE_CHECKING:
@@ -51,8 +65,6 @@ _PAIRS = (
 """Factors of a product: the first one's rows are as many as the second one's columns."""
 _ADAPTER_LIKE = re.compile(r"lora|lokr|hada|dora|\.alpha$|\.diff(_b)?$")
 _TEXT_ENCODER = re.compile(r"^(text_encoder|lora_te\d?_|text_encoders|te\d?\.)")
-_LONGEST_FLAT = 14
-"""Underscores in a kohya name up to which every way to put dots is tried; real names have fewer than 12."""
 
 
 def read_lora(path: Path, spec: ArchSpec, shapes: Shapes | None = None) -> LoraFile:
@@ -72,17 +84,17 @@ def parse(
     """As `read_lora`, of a file's content; `path` is for messages."""
     stems = _split(path, tensors, spec)
     source, names = _modules(path, stems, spec, shapes, metadata)
-    modules: dict[str, dict[str, Tensor]] = {}
-    for stem, parts in stems.items():
-        modules.setdefault(names[stem], {}).update(parts)
-    given = {name: parts.pop("alpha") for name, parts in modules.items() if "alpha" in parts}
+    modules, given = _by_layer(path, stems, names)
     kind = _kind(path, modules)
     for name, parts in modules.items():
         _check_shapes(path, name, parts, kind, shapes)
-    ranks, alphas, notes = _scales(path, modules, given, _header(path, metadata, spec, source))
+    ranks, alphas, notes = _scales(path, modules, given, _headers(path, metadata, spec, source))
+    without = source in ("comfy", "kohya") and source not in spec.lora_keys.alpha_in  # as this program writes it
+    if without and not given:
+        notes = []
     if source == "diffusers" and given:
         notes.append("alpha keys under diffusers' names: ComfyUI reads them, diffusers itself refuses this file")
-    if (said := metadata.get("ss_network_alpha")) and not given and source in ("comfy", "kohya"):
+    if (said := metadata.get("ss_network_alpha")) and not given and source in ("comfy", "kohya") and not without:
         notes.append(f"the header says ss_network_alpha {said}, which no loader applies without alpha keys")
     return LoraFile(
         tensors={f"{name}.{part}": tensor for name, parts in modules.items() for part, tensor in parts.items()},
@@ -110,12 +122,23 @@ def prefixes(spec: ArchSpec) -> dict[str, _SOURCE]:
     keys = spec.lora_keys
     named: dict[str, _SOURCE] = {
         dotted(keys.diffusers_prefix): "diffusers",
-        dotted(keys.comfy_prefix): "comfy",
+        **({} if is_flat("comfy", spec) else {dotted(keys.comfy_prefix): "comfy"}),
         "base_model.model.": "peft",
         kohya_prefix(keys.kohya_prefix): "kohya",
         "lycoris_": "kohya",
+        "lora_transformer_": "kohya",
     }
+    if keys.original is not None:
+        named.setdefault("diffusion_model.", "comfy")
     return named
+
+
+def text_prefixes(spec: ArchSpec) -> dict[str, tuple[_SOURCE, str]]:
+    """What the name of a text encoder's module may start with in a file: the format that says, and the component."""
+    found: dict[str, tuple[_SOURCE, str]] = {}
+    for component, kohya in spec.lora_keys.text.items():
+        found |= {kohya_prefix(kohya): ("kohya", component), f"{component}.": ("diffusers", component)}
+    return found
 
 
 def _split(path: Path, tensors: Mapping[str, Tensor], spec: ArchSpec) -> dict[str, dict[str, Tensor]]:
@@ -143,61 +166,123 @@ def _split(path: Path, tensors: Mapping[str, Tensor], spec: ArchSpec) -> dict[st
 
 def _modules(
     path: Path, stems: Collection[str], spec: ArchSpec, shapes: Shapes | None, metadata: Mapping[str, str]
-) -> tuple[_SOURCE, dict[str, str]]:
-    """The file's format, and the denoiser's name of each module that the file names."""
-    start = {stem: next((p for p in prefixes(spec) if stem.startswith(p)), "") for stem in stems}
-    table = prefixes(spec)
+) -> tuple[_SOURCE, dict[str, Held]]:
+    """The file's format, and the denoiser's layers that each of its modules acts on."""
+    texts = text_prefixes(spec)
+    table = {prefix: source for prefix, (source, _) in texts.items()} | prefixes(spec)
+    start = {stem: next((p for p in table if stem.startswith(p)), "") for stem in stems}
     sources = {table.get(prefix) for prefix in start.values()}
     if sources - {None} and None not in sources:
         source = cast("_SOURCE", next(iter(sources)))
         if len(sources) > 1:
             raise UserError(f"{path}: names of several formats in one file ({_some(sorted(stems))}); it is ambiguous")
-        if dotted(spec.lora_keys.comfy_prefix) == dotted(spec.lora_keys.diffusers_prefix) and source == "comfy":
-            source = "diffusers" if "lora_adapter_metadata" in metadata else "comfy"
-        names = {stem: _name(path, stem.removeprefix(start[stem]), source, spec, shapes) for stem in stems}
+        # Where formats share a prefix, the header tells diffusers' from the others.
+        if "lora_adapter_metadata" in metadata and dotted(spec.lora_keys.diffusers_prefix) in start.values():
+            source = "diffusers"
+        names = {
+            stem: _text_layer(stem.removeprefix(prefix), *texts[prefix], spec, shapes)
+            if (prefix := start[stem]) in texts
+            else _layers(path, stem.removeprefix(prefix), source, spec, shapes)
+            for stem in stems
+        }
         if None not in names.values():
-            found = cast("dict[str, str]", names)
-            if len(set(found.values())) != len(found):
+            found = cast("dict[str, Held]", names)
+            layers = [layer for held in found.values() for layer in held.layers]
+            if len(set(layers)) != len(layers):
                 raise UserError(f"{path}: two entries name the same layer; it is ambiguous which one counts")
             return source, found
-        strange = [stem for stem, name in names.items() if name is None]
+        strange = [stem for stem, held in names.items() if held is None]
     else:
         strange = [stem for stem, prefix in start.items() if not prefix]
     raise UserError(_stranger(path, strange, len(stems), spec))
 
 
-def _name(path: Path, name: str, source: _SOURCE, spec: ArchSpec, shapes: Shapes | None) -> str | None:
-    """The denoiser's name of a layer, or None when it has no such layer."""
+def _layers(path: Path, name: str, source: _SOURCE, spec: ArchSpec, shapes: Shapes | None) -> Held | None:
+    """The denoiser's layers that a name in a file means, or None when there are none."""
+
+    def known(layer: str) -> bool:
+        return layer in shapes if shapes is not None else re.fullmatch(spec.lora_all, layer) is not None
+
     if source != "kohya":
-        known = name in shapes if shapes is not None else re.fullmatch(spec.lora_all, name) is not None
-        return name if known else None
-    if shapes is not None:
+        found = [name] if known(name) else []
+    elif shapes is not None:
         found = [layer for layer in shapes if layer.replace(".", "_") == name]
     else:
-        found = [layer for layer in _with_dots(name) if re.fullmatch(spec.lora_all, layer)]
+        found = [layer for layer in [with_dots(name, spec.lora_all)] if layer is not None]
     if len(found) > 1:
         raise UserError(f"{path}: {name} may mean {' or '.join(found)}; kohya's names are ambiguous here")
-    return found[0] if found else None
+    if found:
+        return Held((found[0],), (1,))
+    original = spec.lora_keys.original if source in ("comfy", "kohya") else None
+    held = None if original is None else original.find(name)
+    return held if held is not None and held.layers and all(known(layer) for layer in held.layers) else None
 
 
-def _with_dots(flat: str) -> Iterable[str]:
-    """Every name that kohya's way of writing underscores for dots may have come from."""
-    pieces = flat.split("_")
-    if len(pieces) > _LONGEST_FLAT:
-        return
-    for joints in product("._", repeat=len(pieces) - 1):
-        yield "".join(piece + joint for piece, joint in zip(pieces, (*joints, ""), strict=True))
+def _text_layer(name: str, source: _SOURCE, component: str, spec: ArchSpec, shapes: Shapes | None) -> Held | None:
+    """The layer of a text encoder that a name in a file means, or None when there is none."""
+    layer = name.removeprefix("text_model.")
+    if source == "kohya":
+        layer = with_dots(name.removeprefix("text_model_"), spec.lora_keys.text_layers) or ""
+    full = f"{component}.{layer}"
+    fits = re.fullmatch(spec.lora_keys.text_layers, layer) is not None and (shapes is None or full in shapes)
+    return Held((full,), (1,)) if fits else None
+
+
+def _by_layer(
+    path: Path, stems: Mapping[str, Mapping[str, Tensor]], names: Mapping[str, Held]
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """Tensors and alphas by the denoiser's layers: modules that act on several are taken apart."""
+    modules: dict[str, dict[str, Tensor]] = {}
+    given: dict[str, Tensor] = {}
+    for stem, found in stems.items():
+        held, parts = names[stem], {part: tensor for part, tensor in found.items() if part != "alpha"}
+        for layer, own in zip(held.layers, _taken_apart(path, stem, parts, held), strict=True):
+            if own is not None:
+                modules[layer] = own
+            if own is not None and "alpha" in found:
+                share = 1.0 if own is parts else (_rank(own) or 1) / (_rank(parts) or 1)  # the scale stays
+                given[layer] = found["alpha"] if share == 1.0 else found["alpha"].double() * share
+    return modules, given
+
+
+def _taken_apart(path: Path, stem: str, parts: dict[str, Tensor], held: Held) -> list[dict[str, Tensor] | None]:
+    if len(held.layers) == 1 and not held.swapped:
+        return [parts]
+    _check_shapes(path, stem, parts, _kind(path, {stem: parts}), None)
+    try:
+        return take_apart(parts, held)
+    except ValueError as error:
+        raise UserError(f"{path}: {stem}: {error}; is it a LoRA of another model?") from error
+
+
+def with_dots(flat: str, pattern: str) -> str | None:
+    """The name, of those that fit a pattern, that kohya's way of writing underscores for dots has made `flat` of.
+
+    The pattern must write out every dot (`\\.`), as those of architectures do: each that takes part tells its place.
+    """
+    match = _flat(pattern).fullmatch(flat)
+    if match is None:
+        return None
+    dots = {match.start(group) for group in match.re.groupindex if match[group] is not None}
+    return "".join("." if place in dots else letter for place, letter in enumerate(flat))
+
+
+@cache
+def _flat(pattern: str) -> re.Pattern[str]:
+    """The pattern of flat names, in which each underscore that was a dot is a group with a name."""
+    number = count()
+    return re.compile(re.sub(r"\\\.", lambda _: f"(?P<dot{next(number)}>_)", pattern))
 
 
 def _stranger(path: Path, strange: list[str], total: int, spec: ArchSpec) -> str:
     """What to say about modules that are not this architecture's."""
     if texts := [stem for stem in strange if _TEXT_ENCODER.match(stem)]:
-        return (
-            f"{path}: {len(texts)} of {total} layers belong to a text encoder ({_some(texts)}); LoRAs of {spec.title} "
-            f"act on its {spec.denoiser} alone"
-        )
+        belong = f"{path}: {len(texts)} of {total} layers belong to a text encoder ({_some(texts)})"
+        if any(stem.startswith(tuple(text_prefixes(spec))) for stem in texts):
+            return f"{belong} that is not trained here; set train.train_text_encoder: true to go on from them"
+        return f"{belong}; LoRAs of {spec.title} act on its {spec.denoiser} alone"
     looks = guess(strange)
-    if looks is not None and looks != spec.title:
+    if looks is not None and not spec.title.startswith(looks):
         return f"{path}: not a LoRA of {spec.title}: it looks like {looks} (layers such as {_some(strange)})"
     if any(re.fullmatch(spec.lora_all, stem) for stem in strange):
         return (
@@ -253,7 +338,7 @@ def _scales(
     path: Path,
     modules: Mapping[str, Mapping[str, Tensor]],
     given: Mapping[str, Tensor],
-    header: Mapping[str, Any] | None,
+    headers: Mapping[str, Mapping[str, Any]],
 ) -> tuple[dict[str, int], dict[str, float], list[str]]:
     """Rank and alpha of each module, and what had to be assumed."""
     ranks: dict[str, int] = {}
@@ -261,8 +346,10 @@ def _scales(
     assumed = 0
     for name, parts in modules.items():
         shown = _rank(parts)
-        if header is not None:
-            ranks[name], alphas[name] = _from_header(path, name, shown, header)
+        component = next((start for start in headers if start and name.startswith(f"{start}.")), "")
+        if component in headers:
+            own = name.removeprefix(f"{component}.")
+            ranks[name], alphas[name] = _from_header(path, own, shown, headers[component])
         elif shown is None:  # loaders of these formats do not scale whole factors
             ranks[name] = max(parts["lokr_w2"].shape)
             alphas[name] = float(ranks[name])
@@ -292,19 +379,26 @@ def _alpha(path: Path, name: str, tensor: Tensor) -> float:
     return float(value)
 
 
-def _header(path: Path, metadata: Mapping[str, str], spec: ArchSpec, source: _SOURCE) -> dict[str, Any] | None:
-    """PEFT's options where the format has them: diffusers' header, or `adapter_config.json` beside PEFT's file."""
-    prefix = dotted(spec.lora_keys.diffusers_prefix)
+def _headers(path: Path, metadata: Mapping[str, str], spec: ArchSpec, source: _SOURCE) -> dict[str, Mapping[str, Any]]:
+    """PEFT's options where the format has them: diffusers' header, or `adapter_config.json` beside PEFT's file.
+
+    By text encoder; those of the denoiser under an empty name.
+    """
+    starts = {"": dotted(spec.lora_keys.diffusers_prefix)} | {name: f"{name}." for name in spec.lora_keys.text}
     config = path.with_name("adapter_config.json")
     try:
         if source == "diffusers" and "lora_adapter_metadata" in metadata:
             options = json.loads(metadata["lora_adapter_metadata"])
-            return {key.removeprefix(prefix): value for key, value in options.items() if key.startswith(prefix)} or None
+            found = {
+                name: {key.removeprefix(start): value for key, value in options.items() if key.startswith(start)}
+                for name, start in starts.items()
+            }
+            return {name: given for name, given in found.items() if given}
         if source == "peft" and config.is_file():
-            return dict(json.loads(config.read_text(encoding="utf-8")))
+            return {"": dict(json.loads(config.read_text(encoding="utf-8")))}
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: its PEFT options cannot be read ({error}), so alpha is unknown") from error
-    return None
+    return {}
 
 
 def _from_header(path: Path, name: str, shown: int | None, header: Mapping[str, Any]) -> tuple[int, float]:

@@ -15,25 +15,39 @@ from __future__ import annotations
 import contextlib
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from detour import UserError
 from detour.export.reading import added_shape, parse
-from detour.lora_formats import DORA_SCALE, MAGNITUDE, LoraFile, by_module, module_key, peft_options
-from detour.nn.quiet import quiet_imports
+from detour.lora_formats import (
+    DORA_SCALE,
+    MAGNITUDE,
+    LoraFile,
+    by_module,
+    diffusers_refuses,
+    file_part,
+    is_flat,
+    module_key,
+    peft_options,
+)
+from detour.nn.fused import take_apart
+from detour.nn.quiet import quiet_imports, without_bars
+from detour.nn.together import Together
 from detour.weights import read_tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
     from detour.archs.base import ArchSpec
     from detour.export.reading import Shapes
     from detour.lora_formats import BaseWeight, Format, Kind
 
+_Value = TypeVar("_Value")
 ADAPTER = "proof"
 _REFUSALS = (UserError, ValueError, LookupError, TypeError, AttributeError, RuntimeError)
 """What readers, diffusers and PEFT raise on files they refuse or trip over."""
@@ -79,7 +93,7 @@ def base_weights(denoiser: nn.Module) -> BaseWeight:
         from peft.utils.integrations import dequantize_module_weight
 
     def weight(name: str) -> Tensor:
-        module = denoiser.get_submodule(name)
+        module = denoiser.get_submodule(denoiser.from_file(name) if isinstance(denoiser, Together) else name)
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         W_OI: Tensor = dequantize_module_weight(base)
         return W_OI
@@ -117,23 +131,34 @@ def _load(path: Path, own: LoraFile, spec: ArchSpec, fmt: Format, shapes: Shapes
     """Who loads such a file, and what becomes of it; `own` is what this program's reader has made of it."""
     if fmt == "comfy" and own.kind == "dora":
         return "Detour", own
-    if own.kind == "loha" or not spec.diffusers_loader:
+    if not spec.diffusers_loader and fmt == "diffusers":
+        return "PEFT", _through_peft(own, shapes, stored=read_tensors(path)[0])
+    renamed = is_flat(fmt, spec) or fmt in spec.lora_keys.original_in  # by loaders that know LoRA's tensors alone
+    unread = own.kind not in spec.diffusers_kinds or (own.kind == "lokr" and renamed)
+    if unread or not spec.diffusers_loader or diffusers_refuses(own, spec, fmt):
         return "PEFT", _through_peft(own, shapes)
-    return f"diffusers.loaders.{spec.diffusers_loader}", _through_diffusers(path, own.kind, spec, shapes)
+    back = _through_diffusers(path, own, spec, shapes)
+    if fmt in spec.lora_keys.original_in:
+        back = _apart(back, spec)
+    return f"diffusers.loaders.{spec.diffusers_loader}", back
 
 
 def _keys(lora: LoraFile, spec: ArchSpec, fmt: Format) -> set[str]:
     """The keys that a format's readers look for, by their rules."""
-    renamed: dict[Format, dict[str, str]] = {
-        "comfy": {MAGNITUDE: DORA_SCALE},
-        "kohya": {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"},
-        "diffusers": {},
-    }
     keys = set()
     for module, parts in by_module(lora.tensors).items():
-        endings = [renamed[fmt].get(part, part) for part in parts] + (["alpha"] if fmt != "diffusers" else [])
+        written = [DORA_SCALE if part == MAGNITUDE and fmt == "comfy" else part for part in parts]
+        endings = [file_part(part, spec, fmt) for part in written]
+        endings += ["alpha"] if fmt != "diffusers" and fmt in spec.lora_keys.alpha_in else []
         keys |= {f"{module_key(module, spec, fmt)}.{ending}" for ending in endings}
     return keys
+
+
+class _Part(nn.Module):
+    """A module whose parts may be had by their number, as those of a list."""
+
+    def __getitem__(self, index: int) -> nn.Module:
+        return self.get_submodule(str(index))
 
 
 class _StandIn(nn.Module):
@@ -146,44 +171,103 @@ class _StandIn(nn.Module):
             module: nn.Module = self
             for parent in parents:
                 if parent not in dict(module.named_children()):
-                    module.add_module(parent, nn.Module())
+                    module.add_module(parent, _Part())
                 module = module.get_submodule(parent)
             linear = nn.Linear(inside, out, bias=False, device="meta")
             linear.weight = nn.Parameter(torch.zeros(()).expand(out, inside), requires_grad=False)
             module.add_module(last, linear)
 
 
-def _through_diffusers(path: Path, kind: Kind, spec: ArchSpec, shapes: Shapes) -> LoraFile:
+def _clip(shapes: Shapes, *, projects: bool) -> nn.Module:
+    """A text encoder of transformers with layers of these sizes, whose weights are one zero seen many times."""
+    with quiet_imports():
+        from accelerate import init_empty_weights
+        from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    width = shapes["encoder.layers.0.self_attn.q_proj"][1]
+    config = CLIPTextConfig(
+        hidden_size=width,
+        projection_dim=width,
+        intermediate_size=shapes["encoder.layers.0.mlp.fc1"][0],
+        num_hidden_layers=len({name.split(".")[2] for name in shapes if name.startswith("encoder.layers.")}),
+        num_attention_heads=1,
+    )
+    with init_empty_weights(include_buffers=False):
+        model: nn.Module = (CLIPTextModelWithProjection if projects else CLIPTextModel)(config)
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, name, nn.Parameter(torch.zeros(()).expand(parameter.shape), requires_grad=False))
+    return model
+
+
+def _through_diffusers(path: Path, own: LoraFile, spec: ArchSpec, shapes: Shapes) -> LoraFile:
     """What `pipeline.load_lora_weights` makes of a file."""
     with quiet_imports():
         from diffusers import loaders
         from diffusers.loaders.peft import PeftAdapterMixin
 
     class Denoiser(_StandIn, PeftAdapterMixin):  # type: ignore[misc]
-        pass
+        # Asked of UNets, to count blocks in the original names, and of Wan, whether it starts from pictures.
+        config = SimpleNamespace(layers_per_block=2, image_dim=None)
 
-    denoiser = Denoiser(shapes)
+    keys = spec.lora_keys
+    of: dict[str, dict[str, tuple[int, int]]] = {component: {} for component in ("", *keys.text)}
+    for name, shape in shapes.items():
+        component = keys.text_model_of(name)
+        of[component][name.removeprefix(f"{component}.")] = shape
+    denoiser = Denoiser(of[""])
+    parts: dict[str, nn.Module | None] = {name: None for name in spec.components if name.startswith("text_encoder")}
+    told = [component for component in keys.text if any(keys.text_model_of(name) == component for name in own.modules)]
+    encoders = {component: _clip(of[component], projects=component.endswith("_2")) for component in told}
+    parts |= encoders | {spec.denoiser: denoiser}
 
     class Pipeline(getattr(loaders, spec.diffusers_loader)):  # type: ignore[misc]
         hf_device_map = None
-        components: ClassVar[dict[str, nn.Module]] = {spec.denoiser: denoiser}
+        components: ClassVar[dict[str, nn.Module | None]] = parts
 
     pipeline = Pipeline()
-    setattr(pipeline, spec.denoiser, denoiser)
-    with _quiet("diffusers"), _quiet("peft"):
+    for name, part in parts.items():
+        setattr(pipeline, name, part)
+    with _quiet("diffusers"), _quiet("peft"), without_bars():
         pipeline.load_lora_weights(str(path), adapter_name=ADAPTER, low_cpu_mem_usage=True, local_files_only=True)
-    return _loaded(denoiser, kind)
+    on_denoiser = any(not keys.text_model_of(name) for name in own.modules)
+    found = _loaded(denoiser, own.kind) if on_denoiser else LoraFile(tensors={}, kind=own.kind, ranks={}, alphas={})
+    for component, encoder in encoders.items():
+        back = _loaded(encoder, own.kind)
+        found.tensors.update(_on(component, back.tensors))
+        found.ranks.update(_on(component, back.ranks))
+        found.alphas.update(_on(component, back.alphas))
+    return found
 
 
-def _through_peft(lora: LoraFile, shapes: Shapes) -> LoraFile:
-    """What PEFT's own functions make of an adapter."""
+def _on(component: str, named: Mapping[str, _Value]) -> dict[str, _Value]:
+    """By the names that layers of a text encoder have in a `LoraFile`."""
+    return {f"{component}.{name.removeprefix('text_model.')}": value for name, value in named.items()}
+
+
+def _through_peft(lora: LoraFile, shapes: Shapes, stored: dict[str, Tensor] | None = None) -> LoraFile:
+    """What PEFT's own functions make of an adapter.
+
+    `stored` are the tensors of a file as they are, to be loaded on a `PeftModel`, whose names must be theirs.
+    """
     with quiet_imports():
-        from peft import LoHaConfig, LoKrConfig, LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+        from peft import (
+            LoHaConfig,
+            LoKrConfig,
+            LoraConfig,
+            get_peft_model,
+            inject_adapter_in_model,
+            set_peft_model_state_dict,
+        )
 
     config = {"lokr": LoKrConfig, "loha": LoHaConfig}.get(lora.kind, LoraConfig)(**peft_options(lora))
-    denoiser = _StandIn(shapes)
-    inject_adapter_in_model(config, denoiser, adapter_name=ADAPTER, low_cpu_mem_usage=True)
-    result = set_peft_model_state_dict(denoiser, lora.tensors, ADAPTER, low_cpu_mem_usage=True)
+    model: nn.Module = _StandIn(shapes)
+    denoiser = model
+    if stored is None:
+        inject_adapter_in_model(config, denoiser, adapter_name=ADAPTER, low_cpu_mem_usage=True)
+    else:
+        model = get_peft_model(denoiser, config, adapter_name=ADAPTER, low_cpu_mem_usage=True)
+    result = set_peft_model_state_dict(model, stored or lora.tensors, ADAPTER, low_cpu_mem_usage=True)
     if result.unexpected_keys:
         raise ValueError(f"unexpected keys: {_some(result.unexpected_keys)}")
     return _loaded(denoiser, lora.kind)
@@ -203,6 +287,35 @@ def _loaded(denoiser: nn.Module, kind: Kind) -> LoraFile:
     ranks = {name: int(layer.r[ADAPTER]) for name, layer in layers.items()}
     alphas = {name: layer.scaling[ADAPTER] * ranks[name] for name, layer in layers.items()}
     return LoraFile(tensors=tensors, kind=kind, ranks=ranks, alphas=alphas)
+
+
+def _apart(back: LoraFile, spec: ArchSpec) -> LoraFile:
+    """An adapter as it was before its layers became one: a loader gives each of them all ranks of the whole."""
+    assert spec.lora_keys.original is not None
+    modules, origins = by_module(back.tensors), dict[str, list[str]]()
+    for name in modules:
+        origins.setdefault(spec.lora_keys.original.origin(name), []).append(name)
+    found = {name: dict(parts) for name, parts in modules.items()}
+    for origin, names in origins.items():
+        held = spec.lora_keys.original.find(origin)
+        if held is None or len(held.layers) == 1 or set(names) != set(held.layers):
+            continue
+        A, *others = (modules[name]["lora_A.weight"] for name in held.layers)
+        if not all(torch.equal(A, other) for other in others):
+            continue
+        B = torch.cat([modules[name]["lora_B.weight"] for name in held.layers])
+        for name, own in zip(held.layers, take_apart({"lora_A.weight": A, "lora_B.weight": B}, held), strict=True):
+            if own is None:
+                del found[name]
+            else:
+                found[name] |= own
+    ranks = {name: parts["lora_A.weight"].shape[0] for name, parts in found.items()}
+    return LoraFile(
+        tensors={f"{name}.{part}": tensor for name, parts in found.items() for part, tensor in parts.items()},
+        kind=back.kind,
+        ranks=ranks,
+        alphas={name: back.scale(name) * rank for name, rank in ranks.items()},
+    )
 
 
 def _compare(loader: str, lora: LoraFile, back: LoraFile, dtype: torch.dtype) -> None:
@@ -229,6 +342,8 @@ def _compare(loader: str, lora: LoraFile, back: LoraFile, dtype: torch.dtype) ->
                 scale, slack = scale * factor, slack * (abs(factor) + uncertain) + abs(scale) * uncertain
         if (set(parts) ^ set(theirs[name])) - {MAGNITUDE, DORA_SCALE}:
             raise NotProvenError(f"{loader} loads {sorted(theirs[name])} for {name}, exported were {sorted(parts)}")
+        if not all(bool(tensor.any()) for tensor in parts.values()):
+            continue  # adds nothing at any scale, such as a layer that never got a gradient
         if abs(scale - lora.scale(name)) > 4 * precision * lora.scale(name) + slack:
             trained = f"{lora.scale(name):.6g} (alpha / rank)"
             raise NotProvenError(f"{loader} scales {name} by {scale:.6g}, it was trained with {trained}")

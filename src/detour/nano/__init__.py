@@ -13,7 +13,21 @@ if TYPE_CHECKING:
     from detour.config.job import ModelArch
 
 _MODULES: dict[ModelArch, str] = {
+    "sd3": "detour.nano.sd3",
+    "auraflow": "detour.nano.auraflow",
+    "pixart": "detour.nano.pixart",
+    "pixart_sigma": "detour.nano.pixart",
+    "sd1": "detour.nano.sd",
+    "sd2": "detour.nano.sd",
+    "flex1": "detour.nano.flux",
+    "flex2": "detour.nano.flux",
+    "flux": "detour.nano.flux",
+    "lumina2": "detour.nano.lumina2",
+    "wan21": "detour.nano.wan21",
     "zimage": "detour.nano.zimage",
+    "sdxl": "detour.nano.sdxl",
+    "vega": "detour.nano.sdxl",
+    "ssd": "detour.nano.sdxl",
 }
 NAMES = tuple(_MODULES)
 """Architectures with a miniature."""

@@ -6,7 +6,6 @@ Shapes: O out features, I in features, K kernel positions.
 from __future__ import annotations
 
 import math
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 
     from diffusers import AutoencoderKL
     from diffusers.models.autoencoders.vae import Decoder, Encoder
-    from transformers import CLIPTokenizer, PreTrainedModel, T5Tokenizer
+    from transformers import CLIPTokenizer, LlamaTokenizer, PreTrainedModel, T5Tokenizer
 
 
 def drawn(model: nn.Module, *key: int | str) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
@@ -27,20 +26,6 @@ def drawn(model: nn.Module, *key: int | str) -> Iterator[tuple[str, nn.Parameter
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             yield name, parameter, torch.randn(parameter.shape, generator=generator(*key, name))
-
-
-@contextmanager
-def without_bars() -> Iterator[None]:
-    """No progress bar of transformers' for a file that is written in a millisecond."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 # The words of the drawn dataset and a few of everyday captions; each is one token, anything else is spelt in bytes.
@@ -93,6 +78,28 @@ def t5_tokenizer(length: int) -> T5Tokenizer:
     pieces += [(f"\u2581{word}", -3.0) for word in WORDS if len(word) > 1]
     pieces += [(chr(code), -6.0) for code in range(33, 127)]
     return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=length)
+
+
+def llama_tokenizer() -> LlamaTokenizer:
+    """Llama's BPE with a chain of merges for each word after a space; anything else letter by letter, else in bytes.
+
+    Like the published AuraFlow's it pads on the left, Llama's way, and ends a prompt with `</s>`.
+    """
+    from transformers import LlamaTokenizer
+
+    special = ["<unk>", "<s>", "</s>", "<pad>"]
+    tokens = dict.fromkeys([*special, *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581"])
+    tokens |= dict.fromkeys(chr(code) for code in range(33, 127))
+    merges: dict[tuple[str, str], None] = {}
+    for word in WORDS:
+        spelling = "\u2581" + word
+        for end in range(2, len(spelling) + 1):
+            merges[spelling[: end - 1], spelling[end - 1]] = None
+            tokens[spelling[:end]] = None
+    vocab = {token: index for index, token in enumerate(tokens)}
+    return LlamaTokenizer(
+        vocab=vocab, merges=list(merges), pad_token=special[3], add_bos_token=False, add_eos_token=True
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- text encoders

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from detour import UserError
 from detour.nano import parts
-from detour.nn.rng import generator
+from detour.nn.quiet import without_bars
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from diffusers import ZImageTransformer2DModel
@@ -61,7 +62,7 @@ def write(folder: Path, arch: str = "zimage", variant: str = "", *, seed: int = 
     from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline
 
     with torch.random.fork_rng(devices=[]):  # constructors draw initial weights, all of which are replaced
-        tokenizer = _build_tokenizer()
+        tokenizer = build_tokenizer()
         pipeline = ZImagePipeline(
             scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=3.0),
             vae=parts.build_vae(16, scaling=SCALING, shift=SHIFT).to(DTYPE),
@@ -69,27 +70,15 @@ def write(folder: Path, arch: str = "zimage", variant: str = "", *, seed: int = 
             tokenizer=tokenizer,
             transformer=_build_transformer(seed).to(DTYPE),
         )
-    with parts.without_bars():
+    with without_bars():
         pipeline.save_pretrained(folder)
 
 
 def write_adapter(path: Path, folder: Path, rank: int = 4, seed: int = 0, scale: float = 0.1) -> None:
-    """Write a random training adapter for the miniature in `folder`, in the layout of the published ones.
+    """Write a random training adapter for the miniature in `folder`, under the names of the published ones."""
+    from detour.nano import adapter
 
-    That is `diffusion_model.layers.N.<module>.lora_A/B.weight` in bf16, without alpha (alpha = rank). `scale` is the
-    Frobenius norm of each B A relative to that of the weight it is added to.
-    """
-    weights = _transformer_tensors(folder)
-    tensors: dict[str, Tensor] = {}
-    for name in (f"layers.{layer}.{module}" for layer in range(LAYERS) for module in _PROJECTIONS):
-        weight_OI = weights[f"{name}.weight"].float()
-        A = torch.randn(rank, weight_OI.shape[1], generator=generator(seed, "adapter A", name))
-        B = torch.randn(weight_OI.shape[0], rank, generator=generator(seed, "adapter B", name))
-        B = B * (scale * weight_OI.norm() / (B @ A).norm())
-        tensors[f"diffusion_model.{name}.lora_A.weight"] = A.to(DTYPE)
-        tensors[f"diffusion_model.{name}.lora_B.weight"] = B.to(DTYPE).contiguous()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path, metadata={"format": "pt"})
+    adapter.write_adapter(path, "zimage", folder, prefix="diffusion_model.", rank=rank, seed=seed, scale=scale)
 
 
 def write_original(path: Path, folder: Path, prefix: str = "") -> None:
@@ -132,16 +121,22 @@ def _transformer_tensors(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
 
 
-def _build_tokenizer() -> PreTrainedTokenizerBase:
-    """Qwen's byte-level BPE with 256 bytes and one chain of merges for each word, so that known words are one token."""
+_SPACED = tuple(f" {word}" for word in parts.WORDS)
+
+
+def build_tokenizer(words: Sequence[str] = _SPACED) -> PreTrainedTokenizerBase:
+    """Qwen's byte-level BPE with 256 bytes and one chain of merges for each word, so that known words are one token.
+
+    A word is known as it is written in `words`: with a space before it, or without.
+    """
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import Qwen2Tokenizer
 
-    # Sorted, because the alphabet comes as a set. A word after a space starts with the byte-level sign for the space.
+    # Sorted, because the alphabet comes as a set. "Ġ" is the byte-level sign for the space.
     tokens = dict.fromkeys(sorted(ByteLevel.alphabet()))
     merges: dict[tuple[str, str], None] = {}
-    for word in parts.WORDS:
-        spelling = "Ġ" + word
+    for word in words:
+        spelling = word.replace(" ", "Ġ")
         for end in range(2, len(spelling) + 1):
             merges[spelling[: end - 1], spelling[end - 1]] = None
             tokens[spelling[:end]] = None

@@ -6,6 +6,8 @@ The file is a plain LoRA in any of the spellings in use (m is a linear layer's n
     <prefix>m.lora_down.weight  <prefix>m.lora_up.weight   (or `lora.down`, `lora.up`; kohya's prefix writes m with `_`)
     <prefix>m.alpha                                        optional; without it alpha is the rank, a scale of 1
 
+Or m is a layer of the model's original layout, which may hold several of its layers (`double_blocks.0.img_attn.qkv`).
+
 A wrong adapter must never train: every layer must exist, fit, be complete and finite, and whole families of layers must
 be there. Existing toolkits print missing keys and go on with half an adapter.
 
@@ -23,6 +25,7 @@ from typing import TYPE_CHECKING, NoReturn, Protocol
 import torch
 
 from detour import UserError
+from detour.nn.fused import take_apart
 from detour.weights import read_tensors
 
 if TYPE_CHECKING:
@@ -30,6 +33,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import Tensor
+
+    from detour.nn.original import Layout
 
     Alphas = Sequence[tuple[re.Pattern[str], float]]
     """Pattern for a layer's whole name, alpha; the first that fits counts."""
@@ -42,7 +47,7 @@ _SUFFIXES = {
     ".alpha": "alpha",
 }  # fmt: skip
 _OTHER_KINDS = {".lokr_": "LoKr", ".hada_": "LoHa", "lora_magnitude_vector": "DoRA", "dora_scale": "DoRA"}
-_PEFT_PREFIX = "base_model.model."
+_PEFT_PREFIX, _ORIGINAL_PREFIX = "base_model.model.", "diffusion_model."
 _INDEX = re.compile(r"(?<![^.])\d+(?![^.])")
 """A part of a dotted name that is a number."""
 _SHOWN = 3
@@ -63,6 +68,10 @@ class Keys(Protocol):
     @property
     def kohya_prefix(self) -> str:
         """Such as `lora_unet_`."""
+
+    @property
+    def original(self) -> Layout | None:
+        """Names of the original layout, where files use them too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,12 +151,13 @@ def _resolve(
         names = {name for name in plain if name in shapes} | set(by_kohya.get(stem, ()))
         if len(names) > 1:
             _fail(path, f"{stem} could be any of {_some(sorted(names))}; use the file with dotted names")
-        if not names:
+        found = {name: parts for name in names} or _taken_apart(path, stem, parts, keys)
+        if not found or not found.keys() <= shapes.keys():
             unknown.append(stem)
-        elif (name := names.pop()) in modules:
-            _fail(path, f"it holds the layer {name} twice, under different prefixes")
+        elif twice := found.keys() & modules.keys():
+            _fail(path, f"it holds the layer {min(twice)} twice, under different prefixes")
         else:
-            modules[name] = parts
+            modules |= found
     if unknown:
         _fail(
             path,
@@ -155,6 +165,28 @@ def _resolve(
             f"and there is no {_some(unknown)}; layers here are named like {_some(list(shapes)[::-1])}",
         )
     return modules
+
+
+def _taken_apart(path: Path, stem: str, parts: dict[str, Tensor], keys: Keys) -> dict[str, dict[str, Tensor]]:
+    """The model's layers that a layer of its original layout holds, each with its parts; none where it is no such."""
+    beginnings = (keys.comfy_prefix, keys.diffusers_prefix, _ORIGINAL_PREFIX, _PEFT_PREFIX, keys.kohya_prefix, "")
+    start = next(prefix for prefix in beginnings if stem.startswith(prefix))
+    held = keys.original.find(stem.removeprefix(start)) if keys.original is not None else None
+    if held is None:
+        return {}
+    if not {"A", "B"} <= parts.keys() or parts["A"].ndim != 2 or parts["B"].ndim != 2:
+        return dict.fromkeys(held.layers, parts)  # which `_pair` will refuse
+    try:
+        pieces = take_apart({"lora_A.weight": parts["A"], "lora_B.weight": parts["B"]}, held)
+    except ValueError as error:
+        _fail(path, f"it was made for another model: {stem}: {error}")
+    found: dict[str, dict[str, Tensor]] = {}
+    for layer, piece in zip(held.layers, pieces, strict=True):
+        if piece is not None:
+            A, B = piece["lora_A.weight"], piece["lora_B.weight"]
+            share = A.shape[0] / parts["A"].shape[0]  # alpha / rank stays what it is
+            found[layer] = {"A": A, "B": B} | ({"alpha": parts["alpha"] * share} if "alpha" in parts else {})
+    return found
 
 
 def _header_alphas(path: Path, header: Mapping[str, str], keys: Keys) -> Alphas:

@@ -16,9 +16,24 @@ _NOISE = {
     "bitsandbytes.backends.cpu.ops": re.compile(r"Failed to load CPU gemm_4bit_forward"),
     "diffusers.models.modeling_utils": re.compile(r"There are modules in \w+ that should be kept in float32: \[\]"),
     "diffusers.quantizers.torchao.torchao_quantizer": re.compile(r"Unable to import `torchao` Tensor objects"),
+    "transformers.utils.import_utils": re.compile(r"`\w+ImageProcessor` requires torchvision"),
 }
-"""By logger: optional kernels, a notice to torchao's own authors, a caution of diffusers' about no module at all, and
-its reader of quantised checkpoints."""
+"""By logger: optional kernels, a notice to torchao's own authors, a caution of diffusers' about no module at all, its
+reader of quantised checkpoints, and processors for pictures that pipelines know and nothing here uses."""
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """No progress bar of transformers' for what takes a millisecond."""
+    from transformers.utils import logging as shown
+
+    on = shown.is_progress_bar_enabled()
+    shown.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if on:
+            shown.enable_progress_bar()
 
 
 @contextmanager

@@ -143,6 +143,15 @@ class TrainingAdapter:
         finally:
             self._removals -= 1
 
+    @contextmanager
+    def present(self) -> Iterator[None]:
+        """The ordinary model inside, wherever one is."""
+        removals, self._removals = self._removals, 0
+        try:
+            yield
+        finally:
+            self._removals = removals
+
     def patch(self, name: str, tensor: Tensor) -> Tensor:
         """For `weights.Placement.patch`: the parameter of that name, merged (float32) where mode and name say so.
 

@@ -7,21 +7,23 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from detour import UserError, archs, export, sample, weights
 from detour.config.job import PromptConfig
-from detour.data import cache, order
+from detour.data import cache, controls, order
 from detour.data.loader import Source, batches, load_batch
 from detour.data.prepare import Encoders, prepare
 from detour.data.scan import scan
-from detour.draw import DTYPES, pick_device
+from detour.draw import DTYPES, lora_shapes, pick_device
 from detour.events import StageEvent, WarningEvent
 from detour.lora_formats import unsupported
 from detour.nn import lora, quant, training_adapter
-from detour.train import checkpoint, optim
+from detour.nn.together import from_file, with_encoders
+from detour.train import checkpoint, keep, optim, text
 from detour.train.ema import Ema
 from detour.train.objective import Task
 from detour.train.run import Preview, Run
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from detour.archs.base import Arch, ArchSpec
+    from detour.archs.base import Arch, ArchSpec, Condition
     from detour.config.job import DatasetConfig, QType, TrainProcess
     from detour.data.loader import Batch
     from detour.data.order import Order
@@ -58,6 +60,8 @@ class Inputs:
     adapter: TrainingAdapter | None
     lora_layers: list[str]
     pretrained: LoraFile | None
+    rich: dict[str, str]
+    """The long captions that a teacher is told, by picture."""
     training: Order
     validation: Order | None
     requests: list[sample.Request]
@@ -67,9 +71,14 @@ def gather(process: TrainProcess, sink: Sink) -> Inputs:
     """Check pictures, model files, training adapter and layers of a resolved process. Raises UserError."""
     arch = archs.get(process.model.arch)
     spec = arch.spec
-    for message in [*archs.advice(process), *optim.optimizer_advice(process.train)]:
+    name, variant = archs.variant_of(process)
+    for message in [
+        *archs.advice(process), *optim.optimizer_advice(process.train), *keep.advice(process, variant),
+    ]:  # fmt: skip
         sink.emit(WarningEvent(step=None, message=message))
-    check_times(process.train, spec.shift_at((64, 64)))
+    keep.check(process, spec, variant)
+    text.check(process, spec)
+    check_times(process.train, spec.shift_at((64, 64), variant))
     _check_formats(process)
     device = pick_device(process.device)
 
@@ -86,6 +95,7 @@ def gather(process: TrainProcess, sink: Sink) -> Inputs:
     with _about("sample"):
         for request in requests:
             sample.check_request(spec, request)
+            controls.check(request)
 
     model = process.model
     assert model.name_or_path is not None  # resolved
@@ -94,11 +104,13 @@ def gather(process: TrainProcess, sink: Sink) -> Inputs:
             model.name_or_path,
             components=spec.components,
             denoiser=spec.denoiser,
+            optional=spec.optional,
             extras=model.extras_name_or_path,
             revision=model.revision,
         )
         _check_weights(source, spec)
         denoiser = arch.build_denoiser(source)
+        archs.check_variant(spec, name, denoiser.config)  # type: ignore[arg-type]  # every diffusers model has it
     return Inputs(
         process=process,
         arch=arch,
@@ -107,7 +119,8 @@ def gather(process: TrainProcess, sink: Sink) -> Inputs:
         denoiser=denoiser,
         adapter=_adapter(process, arch, denoiser),
         lora_layers=lora.linear_names(denoiser, spec, process.network),
-        pretrained=_pretrained(process, arch, denoiser),
+        pretrained=_pretrained(process, arch, denoiser, source),
+        rich=keep.rich_captions(process, training),
         training=training,
         validation=validation,
         requests=requests,
@@ -125,28 +138,50 @@ def build(inputs: Inputs, folder: Path, name: str, job_yaml: str, sink: Sink) ->
     models = _Models(inputs, store, dtype)
     epochs, total_steps = _length(process, inputs.training)
     prompts = {prompt for request in inputs.requests for prompt in request.prompts(arch.spec)}
+    prompts |= {*keep.extra_prompts(process), *inputs.rich.values()}
     orders = [inputs.training] + ([inputs.validation] if inputs.validation else [])
     lengths = prepare(orders, epochs, prompts, models.encoders(), store, sink)
     training = replace(inputs.training, lengths=lengths, text_multiple=arch.spec.text_multiple)
     if settings.epochs is not None:
         batches_in_all = sum(training.count(epoch) for epoch in range(settings.epochs))
         total_steps = max(1, -(-batches_in_all // settings.gradient_accumulation))
-    previews = [Preview(r, [_condition(store, models.keys, p) for p in r.prompts(arch.spec)]) for r in inputs.requests]
+
+    def condition(prompt: str) -> Condition:
+        return _condition(store, models.keys, prompt) if models.keys.embedded else {}
+
     vae = models.vae()
+    told = [controls.told(arch, vae, request, device) for request in inputs.requests]
+    previews = [
+        Preview(request, [condition(prompt) | pictures for prompt in request.prompts(arch.spec)])
+        for request, pictures in zip(inputs.requests, told, strict=True)
+    ]
     models.release()
+    trained_text = None if models.keys.embedded else models.load_text()
 
     denoiser = _load_denoiser(inputs, dtype, sink)
-    lora.attach(denoiser, inputs.lora_layers, process.network, settings.seed)
+    encoders = {} if trained_text is None else {part: trained_text.models[part] for part in arch.spec.lora_keys.text}
+    trained = with_encoders(arch.spec.denoiser, denoiser, encoders)
+    lora.attach(trained, text.layers(trained, arch.spec, inputs.lora_layers), process.network, settings.seed)
     if inputs.pretrained is not None:
-        lora.load_pretrained(denoiser, *inputs.pretrained.for_training())
+        tensors, scales = inputs.pretrained.for_training()
+        lora.load_pretrained(trained, from_file(trained, tensors), from_file(trained, scales))
     if inputs.adapter is not None:
         inputs.adapter.attach(denoiser)
     if settings.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()  # type: ignore[operator]  # every diffusers model has it
-    lora.train_mode(denoiser, True)
+    lora.train_mode(trained, True)
 
-    trainable = lora.trainable(denoiser)
-    scheduler = arch.load_scheduler(inputs.source, archs.variant_of(process)[1].scheduler)
+    trainable = lora.trainable(trained)
+    _, variant = archs.variant_of(process)
+    scheduler = arch.load_scheduler(inputs.source, variant.scheduler)
+    ema = Ema(trainable, settings.ema_config.ema_decay) if settings.ema_config.use_ema else None
+    task = replace(Task.of(arch, scheduler, settings, variant), text=trained_text)
+    objective = replace(
+        keep.objective(process, task, denoiser, scheduler, variant, condition, inputs.rich),
+        adapter=inputs.adapter,
+        ema=ema,
+        mixed_precision=partial(torch.autocast, device.type, torch.bfloat16, enabled=settings.dtype == "bf16"),
+    )
     source = Source(store, models.keys, training.datasets, settings.reg_weight)
     return Run(
         name=name,
@@ -154,17 +189,20 @@ def build(inputs: Inputs, folder: Path, name: str, job_yaml: str, sink: Sink) ->
         process=process,
         job_yaml=job_yaml,
         arch=arch,
-        task=Task.of(arch, scheduler, settings),
+        objective=objective,
+        drift=keep.drift_meter(process, objective, condition, partial(arch.decode, vae)),
+        drift_schedule=keep.drift_schedule(process, total_steps) if process.preserve.drift.measure else None,
         device=device,
         sink=sink,
         denoiser=denoiser,
+        trained=trained,
         vae=vae,
         scheduler=scheduler,
         adapter=inputs.adapter,
         text=models.text,
         trainable=trainable,
-        optimizer=optim.build_optimizer(settings, trainable),
-        ema=Ema(trainable, settings.ema_config.ema_decay) if settings.ema_config.use_ema else None,
+        optimizer=optim.build_optimizer(settings, trainable, text.names(trained, arch.spec)),
+        ema=ema,
         open_batches=lambda start: batches(training, source, start, settings.num_workers),
         total_steps=total_steps,
         previews=previews,
@@ -233,7 +271,8 @@ def _check_formats(process: TrainProcess) -> None:
     kind = process.network.type
     if kind == "full":
         return
-    reasons = [reason for fmt in process.save.formats if (reason := unsupported(kind, fmt))]
+    spec = archs.spec(process.model.arch)
+    reasons = [reason for fmt in process.save.formats if (reason := unsupported(kind, fmt, spec))]
     if reasons:
         raise UserError(f"save.formats: {'; '.join(reasons)}")
 
@@ -256,9 +295,13 @@ def _requests(process: TrainProcess, found: Scan) -> list[sample.Request]:
             seed=(settings.seed + (index if settings.walk_seed else 0)) if prompt.seed is None else prompt.seed,
             width=prompt.width or settings.width,
             height=prompt.height or settings.height,
+            frames=prompt.num_frames or settings.num_frames,
+            fps=settings.fps or sample.FPS,
             steps=prompt.sample_steps or settings.sample_steps,
             guidance=prompt.guidance_scale or settings.guidance_scale,
             lora_scale=1.0 if prompt.network_multiplier is None else prompt.network_multiplier,
+            control=None if prompt.control is None else str(prompt.control.expanduser()),
+            inpaint=None if prompt.inpaint is None else str(prompt.inpaint.expanduser()),
         )
         for index, prompt in enumerate(prompts)
     ]
@@ -287,12 +330,14 @@ def _adapter(process: TrainProcess, arch: Arch, denoiser: nn.Module) -> Training
         )
 
 
-def _pretrained(process: TrainProcess, arch: Arch, denoiser: nn.Module) -> LoraFile | None:
+def _pretrained(process: TrainProcess, arch: Arch, denoiser: nn.Module, source: weights.ModelSource) -> LoraFile | None:
     if process.network.pretrained_lora_path is None:
         return None
     path = weights.find_file(process.network.pretrained_lora_path, what="network.pretrained_lora_path")
+    with_text = process.train.train_text_encoder
+    shapes = lora_shapes(arch, denoiser, source) if with_text else training_adapter.linear_shapes(denoiser)
     with _about("network.pretrained_lora_path"):
-        return export.read_lora(path, arch.spec, training_adapter.linear_shapes(denoiser))
+        return export.read_lora(path, arch.spec, shapes)
 
 
 # --- models ----------------------------------------------------------------------------------------------------------
@@ -317,7 +362,8 @@ class _Models:
         def places(*kinds: str) -> list[Path]:
             parts = [part for part in spec.components if part.startswith(kinds)]
             file = source.single_file if set(parts) & set(spec.bundled) else None
-            return [source.component(part) for part in parts] + ([file] if file is not None else [])
+            folders = [source.component(part) for part in parts if not source.lacks(part)]
+            return folders + ([file] if file is not None else [])
 
         text = cache.identity(
             store.root,
@@ -325,16 +371,18 @@ class _Models:
             spec.name,  # architectures may share encoders but not how they ask them
             str(self._dtype),
             str(model.qtype_te if model.quantize_te else None),
-            spec.text_tokens,
+            archs.variant_of(self._inputs.process)[1].text_tokens or spec.text_tokens,
+            *(f"{name}={value}" for name, value in source.options(spec.options).items()),
         )
         vae = cache.identity(store.root, places("vae"), str(self._vae_dtype))
-        return cache.Keys(vae=vae, text=text, spatial_factor=spec.spatial_factor)
+        embedded = not self._inputs.process.train.train_text_encoder
+        return cache.Keys(vae=vae, text=text, spatial_factor=spec.spatial_factor, embedded=embedded)
 
     def encoders(self) -> Encoders:
         arch, device = self._inputs.arch, self._inputs.device
-        return Encoders(arch=arch, load_vae=self.vae, load_text=self._load_text, keys=self.keys, device=device)
+        return Encoders(arch=arch, load_vae=self.vae, load_text=self.load_text, keys=self.keys, device=device)
 
-    def _load_text(self) -> Any:  # noqa: ANN401  each architecture has a type of its own
+    def load_text(self) -> Any:  # noqa: ANN401  each architecture has a type of its own
         inputs = self._inputs
         placement = weights.Placement(self._dtype, inputs.device, self._te_quantizer)
         self.text = inputs.arch.load_text_encoders(inputs.source, placement)

@@ -117,8 +117,9 @@ def newest_valid(folder: Path, warn: Callable[[str], None]) -> Snapshot | None:
     return None
 
 
-def prune(folder: Path, keep: int, verified: Path | None = None) -> list[Path]:
-    """Remove all checkpoints but the newest `keep`, and never the newest one that is whole. Returns what was removed.
+def prune(folder: Path, keep: int, verified: Path | None = None, spared: int | None = None) -> list[Path]:
+    """Remove all checkpoints but the newest `keep`, that of the step `spared`, and never the newest one that is whole.
+    Returns what was removed.
 
     `verified` is a checkpoint known to be whole, as `save` returns it: that spares reading it once more. Each is
     renamed before it is deleted: a process killed meanwhile leaves nothing that looks like a checkpoint.
@@ -127,6 +128,7 @@ def prune(folder: Path, keep: int, verified: Path | None = None) -> list[Path]:
         raise ValueError(f"keep is {keep}; at least one checkpoint must stay")
     found = _candidates(folder)
     steps = sorted({_step(path) for path in found}, reverse=True)[:keep]
+    steps += [] if spared is None else [spared]
     spare = [path for path in found if _step(path) not in steps or files.is_temporary(path)]
     if not spare:
         return []

@@ -17,8 +17,8 @@ from detour import UserError
 from detour.events import StepEvent, StopEvent, WarningEvent
 from detour.seeds import seed_for
 from detour.train import optim
-from detour.train.objective import training_loss
-from detour.train.schedule import lr_at, set_lr
+from detour.train.controls import told
+from detour.train.schedule import lr_at, set_lr, text_lr_at
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,6 +42,8 @@ class Progress:
     """Steps in a row that were not taken because something was not finite."""
     seconds: float = 0.0
     """Time spent training, over all sessions."""
+    below_alarm: int | None = None
+    """The last saved step at which the drift was measured and was below its alarm: its checkpoint is never pruned."""
 
 
 @dataclass(frozen=True)
@@ -64,13 +66,17 @@ def train(run: Run, progress: Progress, control: Control) -> str:
 
     while True:
         requests = control.poll(progress.step)
-        last = progress.step >= run.total_steps or control.stop_reason is not None
         new = progress.step != resumed_at  # else the checkpoint of this very step was just taken up
+
+        # Measure how far the model has moved where it should not.
+        moved = _measured(run, progress, control) if new else None
+        last = progress.step >= run.total_steps or control.stop_reason is not None
         if control.stop_reason is not None and progress.step < run.total_steps:
             run.sink.emit(StopEvent(step=progress.step, reason=control.stop_reason))
 
         # Save: at step 0 (a full disk or a damaged write shows in the first minute), when due, when asked, at the end.
         if new and (last or progress.step == 0 or "save" in requests or run.due_save(progress.step, epochs)):
+            progress.below_alarm = progress.step if moved is False else progress.below_alarm
             run.save(progress, required=last or progress.step == 0)
         elif not new:
             run.catch_up(progress)
@@ -114,6 +120,16 @@ def train(run: Run, progress: Progress, control: Control) -> str:
     return control.stop_reason
 
 
+def _measured(run: Run, progress: Progress, control: Control) -> bool | None:
+    """Measure the drift if it is due: is it above its alarm? Where the job says so, that ends the run."""
+    if not run.due_drift(progress.step):
+        return None
+    above = run.measure_drift(progress)
+    if above and run.process.preserve.drift.stop:
+        control.stop_reason = control.stop_reason or "the drift is above its alarm"
+    return above
+
+
 def train_step(run: Run, progress: Progress) -> Outcome:
     """One optimizer step. Where a loss or the gradient is not finite, nothing but `progress` changes."""
     settings = run.process.train
@@ -124,10 +140,9 @@ def train_step(run: Run, progress: Progress) -> Outcome:
         batch, position = next(run.batches)
         if run.process.network.dropout:  # the one draw from torch's own generator; seeding it is not free
             torch.manual_seed(seed_for(settings.seed, "dropout", progress.step, micro))
-        with run.mixed_precision():
-            place = (settings.seed, progress.step, micro)
-            out = training_loss(run.task, run.denoiser, batch.to(run.device), settings, *place)
-        (out.loss / settings.gradient_accumulation).backward()  # type: ignore[no-untyped-call]
+        share = 1 / settings.gradient_accumulation
+        batch = told(batch, run.process.controls, settings.seed, progress.step, micro)
+        out = run.objective.backward(batch.to(run.device), progress.step, micro, share)
         losses.append(out.per_sample_B)
         times.append(out.t_B)
         names += batch.names
@@ -141,7 +156,7 @@ def train_step(run: Run, progress: Progress) -> Outcome:
     if bad:
         optim.discard(run.parameters)
     else:
-        set_lr(run.optimizer, lr)
+        set_lr(run.optimizer, lr, text_lr_at(settings, progress.step, run.total_steps))
         update = optim.update(run.optimizer, run.parameters, settings.max_grad_norm)
         taken, grad_norm = update.taken, update.grad_norm
     if taken and run.ema is not None:

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from detour.archs.base import Arch, Scheduler
+    from detour.archs.base import Arch, Condition, Scheduler, Variant
+    from detour.archs.parts import TextModels
     from detour.data.loader import Batch
 
 
@@ -47,17 +48,38 @@ class Task:
 
     arch: Arch
     noising: Noising
+    variant: Variant | None = None
+    """Whose shift the times have; None: the architecture's."""
+    text: TextModels | None = None
+    """The text encoders, where they are trained too."""
 
     @classmethod
-    def of(cls, arch: Arch, scheduler: Scheduler, config: TrainConfig) -> Task:
+    def of(cls, arch: Arch, scheduler: Scheduler, config: TrainConfig, variant: Variant | None = None) -> Task:
         """The task of an architecture whose weights came with that scheduler."""
         flow = arch.spec.objective == "flow"
-        return cls(arch, FlowMatching() if flow else Diffusion.of(scheduler, config.min_snr_gamma))
+        return cls(arch, FlowMatching() if flow else Diffusion.of(scheduler, config.min_snr_gamma), variant)
+
+    def times(self, config: TrainConfig, z0: Tensor, seed: int, step: int, micro: int) -> tuple[Tensor, Tensor]:
+        """Times and loss weights of a micro-batch, on its device."""
+        times, weights = draw_times(config, self.shift(z0), len(z0), seed, step, micro)
+        return self.noising.times(times).to(z0.device), weights.to(z0.device)
+
+    def shift(self, z0: Tensor) -> float:
+        """The shift of the flow schedule for latents of that size."""
+        return self.arch.spec.shift_at((z0.shape[-2], z0.shape[-1]), self.variant)
+
+    def embedded(self, prompts: Sequence[str], conditions: Sequence[Condition]) -> list[Condition]:
+        """Conditions with the prompts in them: as they are, or embedded now where the encoders are trained."""
+        if self.text is None:
+            return list(conditions)
+        fresh = self.arch.encode_prompts(self.text, prompts)
+        return [prompt | rest for prompt, rest in zip(fresh, conditions, strict=True)]
 
     def predict(self, denoiser: nn.Module, z: Tensor, t_B: Tensor, batch: Batch) -> Tensor:
         """The model's prediction for a batch's captions and framings, float32."""
+        captions = self.embedded(batch.prompts, batch.conditions)
         told = [self.arch.picture_condition(framing, None) for framing in batch.framings]
-        conditions = [caption | picture for caption, picture in zip(batch.conditions, told, strict=True)]
+        conditions = [caption | picture for caption, picture in zip(captions, told, strict=True)]
         return self.arch.predict(denoiser, z, t_B, conditions).float()
 
 
@@ -95,18 +117,15 @@ def training_loss(
     """
     z0 = batch.latents_BCHW.float()
     eps = noise_like(z0, seed, step, micro)
-    shift = task.arch.spec.shift_at((z0.shape[-2], z0.shape[-1]))
-    draw = (config, shift, len(z0), seed, step, micro)
-    times, time_weights = draw_times(*draw)
-    t_B = task.noising.times(times).to(z0.device)
-    start = state_times(*draw)
+    t_B, time_weights_B = task.times(config, z0, seed, step, micro)
+    start = state_times(config, task.shift(z0), len(z0), seed, step, micro)
     if start is None:
         z, target = task.noising.noisy(z0, eps, t_B), task.noising.target(z0, eps, t_B)
     else:
         z, target = _next_sample(task, denoiser, batch, eps, (start.to(z0.device), t_B))
     prediction = task.predict(denoiser, z, t_B, batch)
     per_sample_B = sample_loss(prediction, target, config, batch.masks_B1HW)
-    weight_B = batch.weights_B * time_weights.to(z0.device) * task.noising.weights(t_B)
+    weight_B = batch.weights_B * time_weights_B * task.noising.weights(t_B)
     return LossOut((weight_B * per_sample_B).mean(), per_sample_B.detach(), t_B)
 
 
@@ -141,7 +160,8 @@ def sample_loss(prediction: Tensor, target: Tensor, config: TrainConfig, mask_B1
     elif config.loss_type == "huber":
         error = F.huber_loss(prediction, target, reduction="none", delta=config.huber_delta)
     elif config.loss_type == "wavelet":
-        error = haar((target - prediction).flatten(0, -4)).square()  # the frames of a clip one by one
+        bands = haar((target - prediction).flatten(0, -4))  # the frames of a clip one by one
+        error = bands.square().reshape(len(target), -1, *bands.shape[-2:])
     else:
         error = (prediction - target).square()
     if mask_B1HW is not None:

@@ -30,7 +30,7 @@ from torch.optim import AdamW, Optimizer
 from detour import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
     from detour.config.job import OptimizerName, TrainConfig
 
@@ -95,15 +95,17 @@ _KINDS: dict[OptimizerName, _Kind] = {
 }
 
 
-def build_optimizer(config: TrainConfig, params: Mapping[str, nn.Parameter]) -> Optimizer:
-    """The optimizer of a job over named parameters, ready to train.
+def build_optimizer(config: TrainConfig, params: Mapping[str, nn.Parameter], text: Collection[str] = ()) -> Optimizer:
+    """The optimizer of a job over named parameters, ready to train. Those named in `text` get a group at the end.
 
     `UserError` for a package that is missing, an argument that the optimizer does not have, or a value it refuses.
     """
     kind = _KINDS[config.optimizer]
     cls = _class(config.optimizer)
     arguments: dict[str, Any] = {**kind.defaults, **_checked_params(config), **kind.fixed}
-    groups = [{"params": list(params.items())}]
+    groups = [{"params": [(name, param) for name, param in params.items() if name not in text]}]
+    if text:
+        groups.append({"params": [(name, params[name]) for name in text]})
     try:
         with redirect_stdout(StringIO()):  # prodigyopt prints a line about weight decay
             optimizer = cls(groups, lr=config.lr, **arguments)

@@ -14,6 +14,7 @@ from detour import UserError, export, sample
 from detour.events import SampleEvent, SaveEvent, ValidationEvent, WarningEvent
 from detour.files import DiskFullError
 from detour.nn import lora
+from detour.nn.together import to_file
 from detour.train import checkpoint, optim
 from detour.train.objective import evaluating, validation_loss
 
@@ -29,9 +30,10 @@ if TYPE_CHECKING:
     from detour.events import Sink
     from detour.lora_formats import Format
     from detour.nn.training_adapter import TrainingAdapter
+    from detour.train.drift import DriftMeter, Schedule
     from detour.train.ema import Ema
     from detour.train.loop import Progress
-    from detour.train.objective import Task
+    from detour.train.preserve import Objective
 
 STEP_DIGITS = 9  # `<name>-000000250.safetensors`, sorted by name as by step
 
@@ -53,10 +55,12 @@ class Run:
     process: TrainProcess
     job_yaml: str
     arch: Arch
-    task: Task
+    objective: Objective
     device: torch.device
     sink: Sink
     denoiser: nn.Module
+    trained: nn.Module
+    """What the adapter is on: the denoiser, or it and its text encoders (`nn.together`)."""
     vae: nn.Module
     scheduler: Any
     adapter: TrainingAdapter | None
@@ -73,6 +77,8 @@ class Run:
     """Pictures in the training sets."""
     captions: list[str]
     validation: list[Batch]
+    drift: DriftMeter | None = None
+    drift_schedule: Schedule | None = None
     facts: dict[str, Any] = field(default_factory=dict)
     """What identifies data, model and program: goes into checkpoints and is compared on resuming."""
     batches: Iterator[tuple[Batch, tuple[int, int]]] = field(default_factory=lambda: iter(()))
@@ -145,35 +151,38 @@ class Run:
         if progress.step == 0:
             checkpoint.preflight(self.folder, checkpoint.size(snapshot), self.process.save.max_step_saves_to_keep)
         saved = checkpoint.save(folder, snapshot)
-        lora_file = self._lora_of_step(progress.step)
+        lora_file, proof = self._lora_of_step(progress.step), None
         if lora_file is not None:
-            self._export_lora(lora_file, self.process.save.formats[0], progress)
-        self._saved(progress.step, saved, lora_file)
+            proof = self._export_lora(lora_file, self.process.save.formats[0], progress)
+        self._saved(progress, saved, lora_file, proof)
 
     def catch_up(self, progress: Progress) -> None:
         """After resuming: what a process that was killed when its checkpoint was whole had no time left to do."""
         lora_file = self._lora_of_step(progress.step)
         if lora_file is not None and not lora_file.exists():
-            self._export_lora(lora_file, self.process.save.formats[0], progress)
-            self._saved(progress.step, self.folder / "checkpoints" / checkpoint.folder_name(progress.step), lora_file)
+            proof = self._export_lora(lora_file, self.process.save.formats[0], progress)
+            saved = self.folder / "checkpoints" / checkpoint.folder_name(progress.step)
+            self._saved(progress, saved, lora_file, proof)
 
     def _lora_of_step(self, step: int) -> Path | None:
         """The LoRA file of a step; none at the start, at the end (see `finish`), and in full fine-tuning."""
         wanted = 0 < step < self.total_steps and self.process.network.type != "full"
         return self.folder / f"{self.name}-{step:0{STEP_DIGITS}d}.safetensors" if wanted else None
 
-    def _saved(self, step: int, saved: Path, lora_file: Path | None) -> None:
-        """Tell of a checkpoint and its LoRA file; remove the oldest of both."""
-        keep = self.process.save.max_step_saves_to_keep
-        self.sink.emit(SaveEvent(step=step, checkpoint=str(saved), lora=str(lora_file) if lora_file else None))
-        checkpoint.prune(self.folder / "checkpoints", keep, verified=saved)
+    def _saved(self, progress: Progress, saved: Path, lora_file: Path | None, proof: str | None) -> None:
+        """Tell of a checkpoint and its LoRA file; remove the oldest of both, but not the last below the drift alarm."""
+        keep, spared = self.process.save.max_step_saves_to_keep, progress.below_alarm
+        lora_name = str(lora_file) if lora_file else None
+        self.sink.emit(SaveEvent(step=progress.step, checkpoint=str(saved), lora=lora_name, proof=proof))
+        checkpoint.prune(self.folder / "checkpoints", keep, verified=saved, spared=spared)
         numbered = sorted(self.folder.glob(f"{escape(self.name)}-{'[0-9]' * STEP_DIGITS}.safetensors"))
         for old in numbered[:-keep]:
-            old.unlink()
+            if spared is None or old != self._lora_of_step(spared):
+                old.unlink()
 
     def restore(self, snapshot: checkpoint.Snapshot) -> None:
         """Take over a checkpoint's weights, average and optimizer. UserError where it belongs to another job."""
-        lora.load_state(self.denoiser, snapshot.tensors["weights"])
+        lora.load_state(self.trained, snapshot.tensors["weights"])
         optim.unpack(self.optimizer, snapshot.tensors["optimizer"], snapshot.state["optimizer"])
         if self.ema is not None:
             if "ema" not in snapshot.tensors:
@@ -187,15 +196,18 @@ class Run:
                 target, dtype = self.folder / self.name, self.process.save.dtype
                 return export.export_full(self.denoiser, target, self.arch.spec, dtype)
         paths = lora_files(self.folder, self.name, self.process.save.formats)
-        for path, fmt in zip(paths, self.process.save.formats, strict=True):
-            self._export_lora(path, fmt, progress)
-        newest = self.folder / "checkpoints" / checkpoint.folder_name(progress.step)
-        self.sink.emit(SaveEvent(step=progress.step, checkpoint=str(newest), lora=str(paths[0])))
+        proofs = [
+            self._export_lora(path, fmt, progress) for path, fmt in zip(paths, self.process.save.formats, strict=True)
+        ]
+        newest = str(self.folder / "checkpoints" / checkpoint.folder_name(progress.step))
+        self.sink.emit(SaveEvent(step=progress.step, checkpoint=newest, lora=str(paths[0]), proof=proofs[0]))
         return paths[0]
 
-    def _export_lora(self, path: Path, fmt: Format, progress: Progress) -> None:
+    def _export_lora(self, path: Path, fmt: Format, progress: Progress) -> str:
+        """Write the LoRA, proven by loading; who loaded it, and how many layers took a part of it."""
         with self.as_deployed():
-            file = export.from_training(lora.state(self.denoiser), self.process.network)
+            tensors = to_file(self.trained, lora.state(self.trained))
+            file = export.from_training(tensors, self.process.network)
             origin = export.Origin(
                 title=self.name,
                 process=self.process,
@@ -207,24 +219,43 @@ class Run:
                 captions=self.captions if self.process.save.include_captions else (),
             )
             metadata = export.describe(file, self.arch.spec, origin)
-            base = export.Base.of(self.denoiser, self.arch.spec)
+            base = export.Base.of(self.trained, self.arch.spec)
             written = export.write_lora(path, file, base, fmt, dtype=self.process.save.dtype, metadata=metadata)
         for note in written.notes:
             self.sink.emit(WarningEvent(step=progress.step, message=f"{path.name}: {note}"))
+        return f"{written.proof.modules} layers, loaded by {written.proof.loader}"
 
     def validate(self, step: int) -> None:
         """Loss on held-out pictures, at fixed noise and times, with the training adapter as in training."""
         times, seed = self.process.validation.times, self.process.train.seed
         held = [batch.to(self.device) for batch in self.validation]
-        with self.as_deployed(), self.mixed_precision():
-            mean, by_time = validation_loss(self.task, self.denoiser, held, times, seed)
+        with self.as_deployed(), self.mixed_precision(), evaluating(self.trained):
+            mean, by_time = validation_loss(self.objective.task, self.denoiser, held, times, seed)
         self.sink.emit(ValidationEvent(step=step, loss=mean, by_time=by_time))
+
+    def due_drift(self, step: int) -> bool:
+        """Is the drift to be measured: before the first step, when the schedule says, at the end."""
+        return self.drift_schedule is not None and self.drift_schedule.due(step, self.total_steps)
+
+    def measure_drift(self, progress: Progress) -> bool:
+        """Measure the drift. True where it is above the alarm."""
+        assert self.drift is not None
+        step = progress.step
+        with self.as_deployed(), self._vae_on_device():
+            event = self.drift.measure(step, long=step == 0 or step >= self.total_steps)
+        self.sink.emit(event)
+        if event.alarm:
+            limit = self.process.preserve.drift.alarm
+            message = f"step {step}: the drift is {event.drift:.3g}, above preserve.drift.alarm: {limit:g}"
+            kept = "" if progress.below_alarm is None else f"; step {progress.below_alarm} was the last below it"
+            self.sink.emit(WarningEvent(step=step, message=message + kept))
+        return event.alarm
 
     def draw_previews(self, step: int) -> None:
         """Draw every preview as the LoRA will be used: training adapter removed, dropout off."""
         arch, latents = self.arch, list[torch.Tensor]()
         with self.as_deployed(), ExitStack() as stack:
-            stack.enter_context(evaluating(self.denoiser))
+            stack.enter_context(evaluating(self.trained))
             if self.adapter is not None:
                 stack.enter_context(self.adapter.removed())
             for preview in self.previews:
@@ -232,18 +263,23 @@ class Run:
                 noise = sample.initial_noise(arch.spec, request).to(self.device)
                 with self._lora_scaled(request.lora_scale):
                     latents.append(
-                        sample.denoise(arch, self.denoiser, self.scheduler, noise, request, preview.conditions)
+                        sample.denoise(arch, self.denoiser, self.scheduler, noise, request, self._told(preview))
                     )
         facts = {key: str(value) for key, value in self.facts.items() if key.endswith("sha256")} | {"step": str(step)}
         with self._vae_on_device():
             for index, (preview, latents_BCHW) in enumerate(zip(self.previews, latents, strict=True)):
-                request, picture = preview.request, sample.to_picture(arch, self.vae, latents_BCHW)
+                request, frames = preview.request, sample.to_frames(arch, self.vae, latents_BCHW)
                 path = self._preview_path(step, index)
                 with self._outlives_full_disk(step, f"preview {index} was not written"):
-                    sample.save_picture(path, picture, request, arch.spec, facts)
+                    sample.save_picture(path, frames, request, arch.spec, facts)
                     self.sink.emit(
                         SampleEvent(step=step, index=index, path=str(path), prompt=request.prompt, seed=request.seed)
                     )
+
+    @torch.no_grad()
+    def _told(self, preview: Preview) -> list[Condition]:
+        """A preview's conditions, embedded now where text encoders are trained."""
+        return self.objective.task.embedded(preview.request.prompts(self.arch.spec), preview.conditions)
 
     def previews_drawn(self, step: int) -> bool:
         """Is every picture of this step there?"""
@@ -264,7 +300,7 @@ class Run:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.process.train.dtype == "bf16")
 
     def _lora_scaled(self, factor: float) -> AbstractContextManager[None]:
-        return nullcontext() if factor == 1 else lora.scaled(self.denoiser, factor)
+        return nullcontext() if factor == 1 else lora.scaled(self.trained, factor)
 
     @contextmanager
     def _vae_on_device(self) -> Iterator[None]:

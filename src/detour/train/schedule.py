@@ -36,7 +36,17 @@ def _shape(config: TrainConfig, progress: float) -> float:
     return 0.5 * (1 + cos(pi * progress))
 
 
-def set_lr(optimizer: Optimizer, lr: float) -> None:
-    """Give every group of an optimizer this learning rate."""
+def text_lr_at(config: TrainConfig, step: int, total: int) -> float | None:
+    """The same for text encoders; None where they are not trained."""
+    if not config.train_text_encoder:
+        return None
+    lr = config.lr if config.text_encoder_lr is None else config.text_encoder_lr
+    return lr_at(config.model_copy(update={"lr": lr}), step, total)
+
+
+def set_lr(optimizer: Optimizer, lr: float, text_lr: float | None = None) -> None:
+    """Give every group of an optimizer its learning rate: the last is that of text encoders, if there are two rates."""
     for group in optimizer.param_groups:
         group["lr"] = lr
+    if text_lr is not None:
+        optimizer.param_groups[-1]["lr"] = text_lr

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from detour import UserError, archs
 from detour.nano import codec, language, parts
 from detour.nano.recipes.fast import FastField
+from detour.nn.quiet import without_bars
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -80,7 +81,7 @@ def write(folder: Path, transformer: Mapping[str, Tensor]) -> None:
         tokenizer=tokenizer,
         transformer=denoiser.to(torch.bfloat16),
     )
-    with parts.without_bars():
+    with without_bars():
         pipeline.save_pretrained(folder)
 
 

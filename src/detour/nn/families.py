@@ -21,19 +21,22 @@ _SIGNS: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("Stable Diffusion 3", re.compile(r"joint_blocks_\d+_|transformer_blocks_\d+_attn_(add_|to_add)")),
     ("PixArt", re.compile(r"transformer_blocks_\d+_attn2_|adaln_single")),
     ("Wan 2", re.compile(r"(^|_)blocks_\d+_(self_attn|cross_attn|attn1|attn2|ffn)_")),
-    ("Lumina 2", re.compile(r"layers_\d+_(attn_to|feed_forward_linear)_|time_caption_embed")),
+    ("Lumina 2", re.compile(r"(layers|refiner)_\d+_(attn_to|feed_forward_linear|adaLN_modulation_1)_?")),
+    ("Lumina 2", re.compile(r"time_caption_embed")),
     ("Z-Image", re.compile(r"(layers|refiner)_\d+_attention_to_(q|k|v|out)|cap_pad_token|all_x_embedder")),
     ("Z-Image or Lumina 2 in the original layout", re.compile(r"(layers|refiner)_\d+_attention_(qkv|out)")),
     ("Z-Image", re.compile(r"(layers|refiner)_\d+_(adaLN_modulation|feed_forward_w[123])")),
     ("FLUX, Stable Diffusion 3 or Qwen-Image", re.compile(r"transformer_blocks_\d+_attn_to_")),
 )
 
+_PREFIX = re.compile(r"^(base_model\.model\.)?(transformer|diffusion_model|unet)\.")
+"""Not a part of names: `transformer.blocks` would look like `transformer_blocks`."""
 _NUMBERS = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
 def guess(names: Iterable[str]) -> str | None:
     """Title of the model whose layers have such names, or None."""
-    flat = [name.replace(".", "_") for name in names]
+    flat = [_PREFIX.sub("", name).replace(".", "_") for name in names]
     return next((title for title, sign in _SIGNS if any(sign.search(name) for name in flat)), None)
 
 
