@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test slow lint types check docs bench clean
+.PHONY: demo test slow lint types check docs bench archs clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -28,11 +28,15 @@ lint: $(VENV)/.installed
 types: $(VENV)/.installed
 	$(BIN)/mypy
 
+archs: $(VENV)/.installed       ## every architecture, from its example job file to a proven LoRA
+	$(BIN)/python benchmarks/archs.py
+
 check: lint types test slow     ## what CI runs
 
 docs: $(VENV)/.installed        ## write the generated pages again
 	$(BIN)/python -m detour.config.reference > docs/options.md
 	$(BIN)/python -m detour.config.reference schema > docs/job.schema.json
+	$(BIN)/python -m detour.archs.reference > docs/architectures.md.new && mv docs/architectures.md.new docs/architectures.md
 
 bench: $(VENV)/.installed       ## the tables of docs/benchmarks.md
 	$(BIN)/python benchmarks/startup.py
