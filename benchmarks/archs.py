@@ -2,7 +2,7 @@
 
     python benchmarks/archs.py
     python benchmarks/archs.py sdxl flux --steps 60
-    python benchmarks/archs.py --docs docs/architectures.md
+    python benchmarks/archs.py --docs docs/benchmarks.md
 
 One ready job file of each architecture runs as a user would run it (`detour run examples/...`), in a process of its
 own, on the miniature of its model. Losses of single steps scatter with the time and the picture that were drawn, so the
@@ -78,7 +78,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("archs", nargs="*", metavar="ARCH", help="default: all")
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--json", type=Path, default=Path("output/benchmarks/archs.json"))
+    parser.add_argument("--out", type=Path, default=Path("output/benchmark_archs.json"), help="where the JSON goes")
     parser.add_argument("--docs", type=Path, help="page whose table of this program is written anew")
     arguments = parser.parse_args()
     rows: list[Row] = []
@@ -95,7 +95,7 @@ def main() -> None:
         ],
     )  # fmt: skip
     print(text)
-    write_result(arguments.json, {"machine": machine(), "rows": [asdict(row) for row in rows]})
+    write_result(arguments.out, {"machine": machine(), "rows": [asdict(row) for row in rows]})
     if arguments.docs:
         write_docs(arguments.docs, "archs", text)
 

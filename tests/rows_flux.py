@@ -121,6 +121,7 @@ ROWS = [
     ),
     Row(
         name="flex1",
+        heavy=True,
         pipeline="FluxPipeline",
         native_truth=_FluxTruth,
         lora_blocks=8 * 14 + 38 * 6,

@@ -28,6 +28,13 @@ from minis import LARGE, NETWORK, SIZE, Mini
 
 GOLDEN = Path(__file__).with_name("golden_losses.json")
 rows = pytest.mark.parametrize("row", ROWS, ids=str, scope="module")
+whole_rows = pytest.mark.parametrize(
+    "row",
+    [pytest.param(row, marks=[pytest.mark.slow] if row.heavy else []) for row in ROWS],
+    ids=str,
+    scope="module",
+)
+"""For what takes many steps: the heavy ones are slow."""
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +65,7 @@ def test_a_fresh_lora_changes_nothing_and_gets_the_only_gradients(mini: Mini) ->
     assert still == [f"{name}.lora_B.weight" for name in mini.row.unread]
 
 
-@rows
+@whole_rows
 def test_it_overfits_one_batch(mini: Mini) -> None:
     _, losses = mini.fit(LARGE, 60, enough=1 / 3)
     assert losses[-1] < losses[0] / 3, (losses[0], losses[-1])
@@ -73,7 +80,7 @@ def test_weights_give_the_same_prediction_again(mini: Mini, weights: dict[str, t
     assert not torch.equal(first, fresh)
 
 
-@rows
+@whole_rows
 @pytest.mark.parametrize("fmt", ["diffusers", "comfy", "kohya"])
 def test_exports_draw_the_same_picture_in_the_ecosystem(
     mini: Mini, weights: dict[str, torch.Tensor], fmt: Any, tmp_path: Path
@@ -131,7 +138,7 @@ def losses(ran: Ran) -> list[float]:
     return [event.loss for event in ran.seen.of("step")]
 
 
-@rows
+@whole_rows
 def test_a_stopped_run_goes_on_bit_for_bit_and_losses_are_golden(mini: Mini, tmp_path: Path) -> None:
     job = load_job(job_of(mini, tmp_path)).job
     whole = run(job)

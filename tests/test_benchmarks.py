@@ -32,7 +32,7 @@ def run(program: str, folder: Path, *arguments: str) -> tuple[dict, str, str]:
 
 def test_each_program_is_run_by_a_test_and_named_in_the_page():
     programs = {path.name for path in (ROOT / "benchmarks").glob("*.py")} - {"common.py", "plain.py"}
-    assert programs == {"startup.py", "step.py"}
+    assert programs == {"archs.py", "startup.py", "step.py"}
     page = PAGE.read_text(encoding="utf-8")
     assert all(f"benchmarks/{program}" in page for program in programs)
 
@@ -46,6 +46,16 @@ def test_startup(tmp_path):
         assert row["command"] in text and row["command"] in page
 
 
+@pytest.mark.slow
+def test_archs(tmp_path):
+    result, text, page = run("archs.py", tmp_path, "zimage", "pixart", "--steps", "2")
+    assert [row["arch"] for row in result["rows"]] == ["zimage", "pixart"]
+    for row in result["rows"]:
+        assert row["loss_first"] > 0 and row["loss_last"] > 0
+        assert row["proof"] in text and row["proof"] in page
+
+
+@pytest.mark.slow
 def test_step(tmp_path):
     options = ("--size", "miniature", "--rounds", "1", "--warmup", "1", "--threads", "1")
     result, text, page = run("step.py", tmp_path, *options)

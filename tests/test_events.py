@@ -138,8 +138,11 @@ def test_killed_while_writing_every_line_but_the_last_is_whole(tmp_path):
             sink.emit(events.WarningEvent(step=step, message="x" * rng.randrange(20_000)))
             step += 1
 
-    for _ in range(20):
-        kill_after(fork(child), rng.uniform(0.005, 0.03))
+    for number in range(20):
+        started = fork(child)
+        while not path.exists() or path.stat().st_size < 100_000 * number:  # a busy machine gives it no turn at first
+            time.sleep(0.001)
+        kill_after(started, rng.uniform(0.005, 0.03))
     steps = [record["step"] for record in read(path)]
     assert steps == list(range(len(steps)))
     assert len(steps) > 100

@@ -266,7 +266,7 @@ class Arch(Protocol):
         ...
 
     def encode_prompts(self, text: TextEncoders, prompts: Sequence[str]) -> list[Condition]:
-        """One condition for each prompt. The caller's prompts are not changed."""
+        """One condition for each prompt; the list is left alone. Gradients pass where encoders are trained."""
         ...
 
     def picture_condition(self, framing: Framing, guidance: float | None) -> Condition:
