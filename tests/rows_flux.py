@@ -133,6 +133,7 @@ ROWS = [
     ),
     Row(
         name="flex2",
+        heavy=True,
         pipeline="Flex2Pipeline",
         pipeline_class=flex2_pipeline,
         native_truth=_FluxTruth,

@@ -592,6 +592,7 @@ def test_a_hub_that_cannot_be_reached_is_an_error_with_a_reason(home: Path) -> N
     assert cached[0] == "ok", "what is in the cache still works"
 
 
+@pytest.mark.slow
 def test_a_download_that_breaks_off_is_an_error_and_can_be_repeated(hub: Hub, tmp_path: Path) -> None:
     content = os.urandom(50_000)
     hub.add("user/broken", {"b.safetensors": content})

@@ -162,7 +162,7 @@ def test_a_worker_started_where_signals_are_ignored_can_stop_its_jobs(here):
 
 
 def test_one_job_at_a_time_on_each_device(here):
-    jobs = [here.add(f"{device[-1]}{number}", device=device, steps=5, pause=0.02)
+    jobs = [here.add(f"{device[-1]}{number}", device=device, steps=30, pause=0.05)
             for number in range(2) for device in ("cpu", "cuda:0", "cuda:1")]  # fmt: skip
     here.worker()
     for job in jobs:

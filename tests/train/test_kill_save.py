@@ -111,6 +111,7 @@ def kill_often(folder: Path, rounds: int, size: int) -> None:
     assert leftovers(folder) == []
 
 
+@pytest.mark.slow  # those at every call are not
 def test_100_kills_at_random_moments(tmp_path):
     kill_often(tmp_path / "checkpoints", 100, 16)
 

@@ -94,10 +94,12 @@ def same_when_stopped(world: World, folder: Path, stops: tuple[int, ...], **opti
     assert set(found) - set(written) <= {f"zig-{stop:09d}.safetensors" for stop in stops}
 
 
+@pytest.mark.slow
 def test_stopped_twice_inside_epochs(world, tmp_path):
     same_when_stopped(world, tmp_path, (2, 5))
 
 
+@pytest.mark.slow
 def test_schedule_free_with_workers(world, tmp_path):
     same_when_stopped(world, tmp_path, (3,), optimizer="schedulefree", workers=2)
 
