@@ -353,7 +353,7 @@ def _archs(arguments: argparse.Namespace) -> int:
         _print_json(rows)
         return 0
     for row in rows:
-        facts = f"{row['title']:12} {row['objective']:6} {row['default_repo']}" if row["built"] else "not built yet"
+        facts = f"{row['title']:20} {row['objective']:5} {row['default_repo']}" if row["built"] else "not built yet"
         print(f"{row['name']:14} {facts}")
     return 0
 
