@@ -330,8 +330,12 @@ def test_reading_back_comes_from_the_disk_and_not_from_memory(tmp_path):
             pytest.skip("this file system does not keep pages")
     except OSError:
         pytest.skip("this file system cannot be asked what is in memory")
-    files.publish(tmp_path / "probe", tmp_path / "a")
-    assert not cached(tmp_path / "a")
+    for attempt in range(5):  # the kernel is only advised to drop pages, and now and then holds on to one
+        (tmp_path / "probe").write_bytes(bytes(1 << 20))
+        files.publish(tmp_path / "probe", tmp_path / f"a{attempt}")
+        if not cached(tmp_path / f"a{attempt}"):
+            return
+    pytest.fail("what was written is still in memory")
 
 
 def test_every_damage_is_named(tmp_path):
