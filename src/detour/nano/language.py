@@ -5,7 +5,8 @@ zero), so that a caption becomes the embeddings of its words, and the words' emb
 reads word order by its own positions. That worked at once where a random encoder was never tried against it; training
 the encoder means letting those two matrices of each layer go from zero, together with the base.
 
-A prompt in Qwen's chat format is 24 tokens at most here, so that every caption is padded to 32 by the transformer.
+A prompt in Qwen's chat format is 24 tokens at most here, so that every caption is padded to 32 by the transformer, and
+a picture's 8 tokens have room before it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from detour.nano import parts, zimage
+from detour.nn.picture_tokens import COUNT, picture_tokens
 from detour.nn.rng import generator
 
 if TYPE_CHECKING:
@@ -120,3 +122,13 @@ class Captions:
         with torch.no_grad():
             out = self.model(input_ids=inputs.input_ids, attention_mask=mask_BL, output_hidden_states=True)
         return [tokens[mask].clone() for tokens, mask in zip(out.hidden_states[-2], mask_BL, strict=True)]
+
+
+def with_pictures(condition: tuple[Tensor, Tensor], latents_BCHW: Tensor, shown_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Encoded captions with the tokens of a picture before them, for those that `shown_B` says."""
+    tokens_BLD, padding_BL = condition
+    if not bool(padding_BL[shown_B, -COUNT:].all()):
+        raise ValueError(f"a caption of more than {TOKENS - COUNT} tokens has no room for a picture's")
+    told_BLD = torch.cat([picture_tokens(latents_BCHW), tokens_BLD[:, :-COUNT]], dim=1)
+    absent_BL = torch.cat([torch.zeros_like(padding_BL[:, :COUNT]), padding_BL[:, :-COUNT]], dim=1)
+    return torch.where(shown_B[:, None, None], told_BLD, tokens_BLD), torch.where(shown_B[:, None], absent_BL, padding_BL)

@@ -1,5 +1,8 @@
 """The base model: flow matching on the drawn world, with noisy captions and caption dropout, so that guidance works.
 
+Before a fifth of the captions stands the picture itself, as 8 tokens: from them it can draw what no word names, which
+is what a teacher in self-distillation must do.
+
     python -m detour.nano.recipes.base --out work/base
 
 Pictures are drawn as they are needed, so that none is seen twice. Times are logit-normal with a shift of 2.
@@ -14,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from detour.nano import codec, judge, world
+from detour.nano import codec, judge, language, world
 from detour.nano.recipes import miniature, training
 from detour.nn import flow
 from detour.nn.rng import generator
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
 
 BATCH = 32
 DROPPED = 0.1  # captions replaced by the empty one, at random in each step
+SHOWN = 0.2  # captions with the picture itself before them, likewise
 DIALS = world.Dials(wrong=0.15, wrong_word=0.25, junk=0.08, unstated_size=0.25, unstated_texture=0.25)
 """To be tuned: base of 32 guided steps above .95, base of 8 unguided below .6, turbo of 8 above .93. Of the pictures
 under a caption that states everything, .85 * .75 * .92 = .59 are clean and as it says: no model that draws from that
@@ -44,7 +48,9 @@ def batch_at(model: Miniature, step: int, *, seed: int, dials: world.Dials) -> t
     texts = [
         miniature.EMPTY if dropped else example.caption for example, dropped in zip(examples, dropped_B, strict=True)
     ]
-    return codec.encode(world.render_training_set(examples)), model.captions(texts)
+    latents_BCHW = codec.encode(world.render_training_set(examples))
+    shown_B = torch.rand(BATCH, generator=generator(seed, "shown", step)) < SHOWN
+    return latents_BCHW, language.with_pictures(model.captions(texts), latents_BCHW, shown_B)
 
 
 def loss_at(model: Miniature, step: int, *, seed: int, dials: world.Dials) -> Tensor:
