@@ -12,9 +12,10 @@ PACKAGE = SOURCE / "detour"
 # The first prefix that fits decides. A module may import its own layer and those below, unless `ONLY` says less.
 LAYERS = (
     ("detour.cli", 6), ("detour.__main__", 6), ("detour.console", 6), ("detour.queue_commands", 6),
+    ("detour.ui_command", 6),
     ("detour.web", 5), ("detour.jobs", 4),
     ("detour.train", 3), ("detour.adapter", 3), ("detour.plan", 3), ("detour.checking", 3), ("detour.demo", 6),
-    ("detour.data", 2), ("detour.sample", 2), ("detour.draw", 2), ("detour.export", 2),
+    ("detour.data", 2), ("detour.sample", 2), ("detour.draw", 2), ("detour.export", 2), ("detour.report", 2),
     ("detour.lora_formats", 2), ("detour.nano", 2),
     ("detour.archs", 1),
     ("detour.events", 0), ("detour.files", 0), ("detour.seeds", 0), ("detour.weights", 0), ("detour.trackers", 0),
@@ -22,14 +23,17 @@ LAYERS = (
 )  # fmt: skip
 ONLY = {
     "detour.jobs": ("detour.config", "detour.events", "detour.files", "detour.steering", "detour.jobs"),
-    "detour.web": ("detour.config", "detour.events", "detour.files", "detour.jobs", "detour.archs", "detour.web"),
-}
+    "detour.web": (
+        "detour.config", "detour.events", "detour.files", "detour.steering", "detour.jobs", "detour.archs",
+        "detour.data", "detour.report", "detour.web",
+    ),
+}  # fmt: skip
 TORCH_FREE = (
     "detour", "detour.cli", "detour.console", "detour.events", "detour.files", "detour.seeds", "detour.trackers",
     "detour.config", "detour.archs", "detour.nn.quiet", "detour.checking",
     "detour.data.images", "detour.data.clips", "detour.data.caption_files", "detour.data.scan", "detour.data.buckets",
     "detour.data.captions", "detour.data.order", "detour.jobs", "detour.queue_commands",
-    "detour.steering", "detour.web",
+    "detour.steering", "detour.web", "detour.report", "detour.data.health",
 )  # fmt: skip
 EXTERNAL_ONLY_IN_FUNCTIONS = ("diffusers", "transformers")
 

@@ -1,0 +1,41 @@
+"""What every page works on: the folder of the UI, with its queue, datasets and outputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from fastapi import Request
+
+    from detour.jobs.store import Store
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Context:
+    """Given to the app once, when it is made. Clients name ids; these are the only folders that they reach."""
+
+    store: Store
+
+    @property
+    def folder(self) -> Path:
+        """The queue's folder; relative paths of jobs that pages make count from it."""
+        return self.store.folder
+
+    @property
+    def datasets(self) -> Path:
+        """A folder for each dataset. A job file names them `datasets/NAME`."""
+        return self.folder / "datasets"
+
+    @property
+    def output(self) -> Path:
+        """What jobs made by pages train into (`training_folder: output`)."""
+        return self.folder / "output"
+
+
+def context(request: Request) -> Context:
+    """Of the app that a request came to; for `Depends`."""
+    found: Context = request.app.state.context
+    return found
