@@ -141,7 +141,7 @@ def test_a_patchwork_of_two_places_is_not_clean() -> None:
     for pictures in (halves, twice):
         found = figures(pictures)
         assert found["clean"] == found["strict"] == 0
-        assert found["background"] > 0.95
+        assert found["background"] > 0.9
 
 
 def test_thresholds_go_with_the_area_of_the_shape() -> None:

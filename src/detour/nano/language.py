@@ -60,6 +60,7 @@ def build_text_encoder(tokenizer: PreTrainedTokenizerBase, *, seed: int = 0) -> 
                 max_position_embeddings=1024,
                 tie_word_embeddings=True,
                 pad_token_id=tokenizer.pad_token_id,
+                picture_tokens=COUNT,  # of ours: how many a picture is, for the denoisers that are trained beside it
                 architectures=["Qwen3Model"],
             )
         ).eval()

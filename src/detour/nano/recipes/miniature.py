@@ -35,6 +35,7 @@ LATENT_HW = (codec.POSITIONS, codec.POSITIONS)
 DIM, LAYERS, HEADS = 128, 4, 4  # 1.96 M parameters
 SHIFT = 3.0
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+BATCH = 32  # pictures drawn at a time
 EMPTY = ""
 """The prompt that stands for no caption, in training and in guidance."""
 
@@ -162,9 +163,18 @@ def rollout(model: Miniature, noise_BCHW: Tensor, texts: Sequence[str], steps: i
 
 def draw(model: Miniature, texts: Sequence[str], *, steps: int, guidance: float, seed: int = 0) -> Pictures:
     """A picture for each text, from the noise of the seeds `seed`, `seed` + 1, ... Not clipped."""
+    return draw_all(model, texts, [seed], steps=steps, guidance=guidance)[0]
+
+
+def draw_all(
+    model: Miniature, texts: Sequence[str], seeds: Sequence[int], *, steps: int, guidance: float
+) -> list[Pictures]:
+    """For each of `seeds` the same texts: text i from the noise of that seed plus i. Not clipped."""
+    asked = [(text, seed + index) for seed in seeds for index, text in enumerate(texts)]
     latents = []
-    for start in range(0, len(texts), 32):
-        part = texts[start : start + 32]
-        noise_BCHW = noise_for([seed + start + offset for offset in range(len(part))])
-        latents.append(rollout(model, noise_BCHW, part, steps, guidance)[-1])
-    return codec.decode(torch.cat(latents))
+    for start in range(0, len(asked), BATCH):
+        part = asked[start : start + BATCH]
+        noise_BCHW = noise_for([seed for _, seed in part])
+        latents.append(rollout(model, noise_BCHW, [text for text, _ in part], steps, guidance)[-1])
+    pictures = codec.decode(torch.cat(latents))
+    return [pictures[at : at + len(texts)] for at in range(0, len(pictures), len(texts))]
