@@ -3,6 +3,9 @@
 import pytest
 
 from miniature import World, write_world
+from terms import mini, trained
+
+__all__ = ["mini", "trained"]
 
 
 @pytest.fixture(scope="session")

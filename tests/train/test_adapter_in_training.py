@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from statistics import median
@@ -109,7 +110,7 @@ def test_the_training_adapter_would_have_been_seen_in_the_preview(world, tmp_pat
     expected, _ = drawn_by_diffusers(world.model, torch.float32)
     with kept_latents() as latents:
         opened_run.draw_previews(0)
-        opened_run.adapter = None
+        opened_run.deployment = replace(opened_run.deployment, adapter=None)
         opened_run.draw_previews(0)
     assert torch.equal(latents[0], expected)
     assert relative(latents[1], expected) > 0.05

@@ -62,12 +62,13 @@ def test_figures_are_what_they_say(world: World, tmp_path: Path) -> None:
     assert [request.seed for request in meter.requests] == [1000, 1001, 1002, 1003]
     tuned, untouched, long = [], [], []
     for request, condition in zip(meter.requests, meter.conditions, strict=True):
-        noise = sample.initial_noise(meter.task.arch.spec, request)
-        parts = (meter.task.arch, meter.denoiser, meter.scheduler, noise)
-        with meter.adapter.removed():
+        model = meter.model
+        noise = sample.initial_noise(meter.arch.spec, request)
+        parts = (meter.arch, model.denoiser, model.scheduler, noise)
+        with model.adapter.removed():
             tuned.append(sample.denoise(*parts, request, [condition]))
             long.append(sample.denoise(*parts, replace(request, steps=6), [condition]))
-            with lora.disabled(meter.denoiser):
+            with lora.disabled(model.denoiser):
                 untouched.append(sample.denoise(*parts, request, [condition]))
     a, b, c = (torch.cat(latents) for latents in (tuned, untouched, long))
     size = b.square().mean().sqrt()

@@ -126,6 +126,8 @@ def test_the_picture_is_named_with_its_time(world, tmp_path, where):
     assert event.details == (draws[-1:] if where == "loss" else draws)
     (step,) = [event for event in ran.seen.of("step") if event.step == 2]
     assert isfinite(step.loss) == (where == "gradient")
+    assert [t for t, _ in step.picture_losses] == [round(t, 4) for _, t in pairs]
+    assert [isfinite(loss) for _, loss in step.picture_losses] == [*[True] * (len(pairs) - 1), where == "gradient"]
 
 
 def test_training_goes_on_as_if_the_step_had_not_been(world, tmp_path):

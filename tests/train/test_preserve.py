@@ -13,24 +13,16 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-import rows_zimage
+import terms
 from detour import sample
-from detour.archs.base import Framing
-from detour.config.job import NetworkConfig, TrainConfig
 from detour.config.preserve import PLAIN, STRATEGIES, PreserveConfig, TermConfig, strategy_terms
 from detour.data.loader import Batch
-from detour.nano.adapter import write_adapter
 from detour.nn import lora
-from detour.nn.training_adapter import TrainingAdapter, linear_shapes, load_training_adapter
 from detour.train.ema import Ema
-from detour.train.objective import LossOut, training_loss
-from detour.train.preserve import Objective, Told
+from detour.train.objective import training_loss
 from minis import Mini
+from terms import CONFIG, NETWORK, ROLLOUT, STEPS, attached, forwards, gradient, objective, step
 
-STEPS = 4
-NETWORK = NetworkConfig(linear=4)
-CONFIG = TrainConfig(seed=7, timestep_type="sigmoid", dtype="fp32")
-ROLLOUT = TermConfig(states="rollout", target="frozen")
 EVERY_TERM = [
     TermConfig(target="frozen"),
     TermConfig(states="grid", target="frozen"),
@@ -41,64 +33,9 @@ EVERY_TERM = [
 ]
 
 
-@pytest.fixture(scope="module")
-def mini(tmp_path_factory: pytest.TempPathFactory) -> Mini:
-    return Mini(rows_zimage.ROWS[0], tmp_path_factory.mktemp("zimage"))
-
-
-@pytest.fixture(scope="module")
-def trained(mini: Mini) -> dict[str, torch.Tensor]:
-    """Weights of a LoRA that changes predictions."""
-    return mini.fit(NETWORK, 6)[0]
-
-
 @pytest.fixture
 def batch(mini: Mini) -> Batch:
-    z0, _ = mini.batch()
-    return Batch(
-        latents_BCHW=z0,
-        conditions=mini.conditions,
-        weights_B=torch.ones(2),
-        masks_B1HW=None,
-        names=["a", "b"],
-        prompts=mini.captions,
-        framings=[Framing.whole(64, 64)] * 2,
-        is_reg=False,
-        epoch=0,
-    )
-
-
-def told(mini: Mini) -> Told:
-    one, two = mini.conditions
-    return Told(neutral=[two], rich=dict.fromkeys(("a", "b"), two), empty=one)
-
-
-def objective(mini: Mini, denoiser: nn.Module, *terms: TermConfig, **parts: Any) -> Objective:
-    return Objective(
-        task=mini.task, denoiser=denoiser, config=CONFIG, terms=terms, told=told(mini), scheduler=mini.scheduler,
-        steps=STEPS, **parts,
-    )  # fmt: skip
-
-
-def gradient(denoiser: nn.Module) -> dict[str, torch.Tensor | None]:
-    return {name: parameter.grad for name, parameter in lora.trainable(denoiser).items()}
-
-
-def step(objective: Objective, batch: Batch, share: float = 1.0, number: int = 0) -> LossOut:
-    return objective.backward(batch, number, 0, share)
-
-
-@contextmanager
-def forwards(denoiser: nn.Module) -> Iterator[dict[str, int]]:
-    """How often the model runs on one picture, with and without a gradient."""
-    counts = {"with": 0, "without": 0}
-
-    def count(_: nn.Module, args: tuple[Any, ...]) -> None:
-        counts["with" if torch.is_grad_enabled() else "without"] += len(args[0])
-
-    handle = denoiser.register_forward_pre_hook(count)
-    yield counts
-    handle.remove()
+    return terms.batch_of(mini)
 
 
 # ------------------------------------------------------------------------------------------------------ plain training
@@ -238,17 +175,6 @@ def test_an_error_leaves_the_model_as_it_was(
         assert torch.equal(mini.field(denoiser, batch.latents_BCHW, 0.5), before)
 
 
-def attached(mini: Mini, denoiser: nn.Module) -> TrainingAdapter:
-    path = mini.root / "adapter.safetensors"
-    if not path.exists():
-        write_adapter(path, "zimage", mini.root / "model", scale=0.3)
-    shapes = linear_shapes(mini.arch.build_denoiser(mini.source))
-    keys = mini.arch.spec.lora_keys
-    adapter = load_training_adapter(path, shapes, keys, "factored", dtype=torch.float32)
-    adapter.attach(denoiser)
-    return adapter
-
-
 def test_teachers_are_the_model_without_adapter_and_get_no_gradient(
     mini: Mini, trained: dict[str, torch.Tensor], batch: Batch
 ) -> None:
@@ -275,7 +201,7 @@ def test_teachers_are_the_model_without_adapter_and_get_no_gradient(
 
 def test_the_grid_is_the_samplers(mini: Mini, trained: dict[str, torch.Tensor], batch: Batch) -> None:
     ours = objective(mini, mini.denoiser(NETWORK, trained), TermConfig(states="grid"))
-    assert ours.grid((8, 8), torch.device("cpu")) == pytest.approx([1.0, 0.9, 0.75, 0.5, 0.0])
+    assert ours.sampler.grid((8, 8), torch.device("cpu")) == pytest.approx([1.0, 0.9, 0.75, 0.5, 0.0])
     times = {round(float(t), 4) for n in range(12) for t in step(ours, batch, number=n).t_B}
     assert times == {1.0, 0.9, 0.75, 0.5}
 
@@ -347,12 +273,16 @@ def test_the_path_of_one_small_step_is_the_step_and_of_many_where_they_lead(
 COSTS = {  # forwards a picture: with a gradient, without one, for rollouts of 4 steps the mean over the chosen state
     "none": (1, 0),
     "training_adapter": (1, 0),
-    "anchor": (2, 1),
+    "de_turbo": (1, 0),
+    "anchor": (1, 1),
     "prior_anchor": (2, 1 + 1.5),
     "self_distill": (1, 1 + 1.5),
-    "grid_sft": (2, 1),
+    "delta": (1, 3),
+    "grid_sft": (1, 1),
+    "pso": (2, 2 + STEPS / 12),  # each of the two pictures has its unwanted one drawn once in twelve steps
     "contrastive": (1, 1),
     "redistill": (1, 4 + 1.5),
+    "distill_patch": (1, 0),
 }
 
 
@@ -361,16 +291,29 @@ def test_a_strategy_costs_what_it_should(
     mini: Mini, trained: dict[str, torch.Tensor], batch: Batch, strategy: Any
 ) -> None:
     assert set(COSTS) == set(STRATEGIES)
-    denoiser = mini.denoiser(NETWORK, trained)
-    ours = objective(mini, denoiser, *strategy_terms(PreserveConfig(strategy=strategy)))
+    denoiser, base = mini.denoiser(NETWORK, trained), terms.base(mini)
+    parts = {"base": base} if strategy == "delta" else {}
+    chosen = strategy_terms(PreserveConfig.model_construct(strategy=strategy))
+    ours = objective(mini, denoiser, *chosen, **parts)
     steps = 12
-    with forwards(denoiser) as counts:
+    with forwards(denoiser, base.denoiser) as counts:
         for number in range(steps):
             step(ours, batch, number=number)
     pictures = steps * len(batch.names)
     grads, free = COSTS[strategy]
     assert counts["with"] == grads * pictures
     assert counts["without"] / pictures == pytest.approx(free, rel=0.2)
+
+
+def test_with_a_training_adapter_the_anchor_needs_a_prediction_of_its_own(
+    mini: Mini, trained: dict[str, torch.Tensor], batch: Batch
+) -> None:
+    """The pictures are learnt with the adapter on, the anchor holds the model that is used, which has it off."""
+    denoiser = mini.denoiser(NETWORK, trained)
+    ours = objective(mini, denoiser, PLAIN, TermConfig(target="frozen"), adapter=attached(mini, denoiser))
+    with forwards(denoiser) as counts:
+        step(ours, batch)
+    assert counts == {"with": 2 * 2, "without": 2}
 
 
 def test_a_rollout_of_all_states_uses_its_own_predictions(

@@ -29,7 +29,7 @@ from detour.nn.fused import take_apart
 from detour.weights import read_tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Container, Mapping, Sequence
     from pathlib import Path
 
     from torch import Tensor
@@ -248,16 +248,22 @@ def _shape(tensor: Tensor) -> str:
     return "x".join(str(side) for side in tensor.shape) or "a number"
 
 
-def _check_holes(path: Path, pairs: Mapping[str, Pair], shapes: Mapping[str, tuple[int, int]]) -> None:
-    """Layers that differ in their numbers only are a family; an adapter has a whole family or none of it."""
+def hole(layers: Container[str], shapes: Mapping[str, tuple[int, int]]) -> str | None:
+    """What an adapter for these layers lacks, in words, or None where it is whole.
+
+    Layers that differ in their numbers only are a family; an adapter has a whole family or none of it.
+    """
     families: dict[str, list[str]] = defaultdict(list)
     for name in shapes:
         families[_INDEX.sub("*", name)].append(name)
     for family, names in families.items():
-        missing = [name for name in names if name not in pairs]
+        missing = [name for name in names if name not in layers]
         if 0 < len(missing) < len(names):
-            _fail(
-                path,
-                f"it is incomplete: of the {len(names)} layers {family}, {len(missing)} are missing "
-                f"({_some(missing)}); is the download complete, and is it an adapter for this variant of the model?",
-            )
+            return f"of the {len(names)} layers {family}, {len(missing)} are missing ({_some(missing)})"
+    return None
+
+
+def _check_holes(path: Path, pairs: Mapping[str, Pair], shapes: Mapping[str, tuple[int, int]]) -> None:
+    if (lacking := hole(pairs, shapes)) is not None:
+        advice = "is the download complete, and is it an adapter for this variant of the model?"
+        _fail(path, f"it is incomplete: {lacking}; {advice}")

@@ -13,18 +13,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from detour import UserError, archs, export, sample, weights
-from detour.config.job import PromptConfig
+from detour.adapter import FOLDER, Making, Painter, draw_missing
+from detour.config.job import AdapterProcess, PromptConfig
 from detour.data import cache, controls, order
 from detour.data.loader import Source, batches, load_batch
-from detour.data.prepare import Encoders, prepare
-from detour.data.scan import scan
+from detour.data.prepare import prepare_captions, prepare_latents
+from detour.data.scan import Scan, scan
 from detour.draw import DTYPES, lora_shapes, pick_device
 from detour.events import StageEvent, WarningEvent
 from detour.lora_formats import unsupported
-from detour.nn import lora, quant, training_adapter
+from detour.nn import lora, training_adapter
 from detour.nn.together import from_file, with_encoders
-from detour.train import checkpoint, keep, optim, text
+from detour.train import beside, checkpoint, checks, keep, optim, text
+from detour.train.deployment import Deployment
 from detour.train.ema import Ema
+from detour.train.encoders import Models, quantizer
 from detour.train.objective import Task
 from detour.train.run import Preview, Run
 from detour.train.timesteps import check_times
@@ -35,14 +38,14 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from detour.archs.base import Arch, ArchSpec, Condition
-    from detour.config.job import DatasetConfig, QType, TrainProcess
+    from detour.archs.base import Arch, ArchSpec, Condition, TextEncoders
+    from detour.config.job import DatasetConfig, Process, TrainProcess
     from detour.data.loader import Batch
     from detour.data.order import Order
-    from detour.data.scan import Scan
     from detour.events import Sink
     from detour.export import LoraFile
     from detour.nn.training_adapter import TrainingAdapter
+    from detour.train.teachers import Base
 
 DEFAULT_PROMPTS = 4  # captions drawn as previews when the job names no prompt
 
@@ -59,38 +62,38 @@ class Inputs:
     """On the meta device."""
     adapter: TrainingAdapter | None
     lora_layers: list[str]
+    beside: beside.Beside
     pretrained: LoraFile | None
     rich: dict[str, str]
     """The long captions that a teacher is told, by picture."""
+    picture_tokens: int
+    """How many tokens a picture is for a teacher that is told it."""
     training: Order
     validation: Order | None
     requests: list[sample.Request]
+    making: Making | None
+    """Where a training adapter is made: the rest is the training that this contains."""
 
 
-def gather(process: TrainProcess, sink: Sink) -> Inputs:
+def gather(process: Process, sink: Sink) -> Inputs:
     """Check pictures, model files, training adapter and layers of a resolved process. Raises UserError."""
     arch = archs.get(process.model.arch)
     spec = arch.spec
     name, variant = archs.variant_of(process)
-    for message in [
-        *archs.advice(process), *optim.optimizer_advice(process.train), *keep.advice(process, variant),
-    ]:  # fmt: skip
+    messages, making = archs.advice(process), None
+    if isinstance(process, AdapterProcess):
+        making = Making.of(process, spec, variant)
+        process = making.training
+    messages += [*optim.optimizer_advice(process.train), *checks.advice(process, variant)]
+    for message in messages:
         sink.emit(WarningEvent(step=None, message=message))
-    keep.check(process, spec, variant)
+    checks.check(process, spec, variant)
     text.check(process, spec)
     check_times(process.train, spec.shift_at((64, 64), variant))
     _check_formats(process)
     device = pick_device(process.device)
 
-    datasets = process.all_datasets
-    found = scan(
-        datasets,
-        trigger=process.trigger_word,
-        divisibility=spec.bucket_divisibility,
-        progress=lambda done, total: sink.emit(StageEvent(name="pictures", done=done, total=total)),
-    )
-    _tell(found, sink)
-    training, validation = _orders(process, found, datasets, arch, sink)
+    found, training, validation = _data(process, arch, sink) if making is None else making.data()
     requests = _requests(process, found)
     with _about("sample"):
         for request in requests:
@@ -111,6 +114,10 @@ def gather(process: TrainProcess, sink: Sink) -> Inputs:
         _check_weights(source, spec)
         denoiser = arch.build_denoiser(source)
         archs.check_variant(spec, name, denoiser.config)  # type: ignore[arg-type]  # every diffusers model has it
+    keep.check_grid(process, arch, source, variant)
+    layers = lora.linear_names(denoiser, spec, process.network)
+    if making is not None:
+        making.check_layers(denoiser, layers)
     return Inputs(
         process=process,
         arch=arch,
@@ -118,29 +125,37 @@ def gather(process: TrainProcess, sink: Sink) -> Inputs:
         source=source,
         denoiser=denoiser,
         adapter=_adapter(process, arch, denoiser),
-        lora_layers=lora.linear_names(denoiser, spec, process.network),
+        lora_layers=layers,
+        beside=beside.find(process, arch, denoiser, layers),
         pretrained=_pretrained(process, arch, denoiser, source),
-        rich=keep.rich_captions(process, training),
+        rich=checks.rich_captions(process, [item.picture for item in training.items]),
+        picture_tokens=checks.picture_tokens(process, spec, source.find("text_encoder")),
         training=training,
         validation=validation,
         requests=requests,
+        making=making,
     )
 
 
-def build(inputs: Inputs, folder: Path, name: str, job_yaml: str, sink: Sink) -> Run:
+def build(  # `pause` is called between the pictures that a model draws to learn from: it may end the run there
+    inputs: Inputs, folder: Path, name: str, job_yaml: str, sink: Sink, pause: Callable[[], None] = lambda: None
+) -> Run:
     """Fill the caches, load the denoiser, put the adapters on it, make the optimizer."""
     process, arch, device = inputs.process, inputs.arch, inputs.device
     settings, model = process.train, process.model
     assert model.dtype is not None  # resolved
     dtype = DTYPES[model.dtype]
 
-    store = cache.Store(settings.cache_folder or cache.default_root())
-    models = _Models(inputs, store, dtype)
+    making = inputs.making
+    store = cache.Store(settings.cache_folder or cache.default_root(), folder / FOLDER if making else None)
+    models = Models(inputs, store, dtype)
     epochs, total_steps = _length(process, inputs.training)
     prompts = {prompt for request in inputs.requests for prompt in request.prompts(arch.spec)}
-    prompts |= {*keep.extra_prompts(process), *inputs.rich.values()}
+    prompts |= {*checks.extra_prompts(process), *inputs.rich.values()}
     orders = [inputs.training] + ([inputs.validation] if inputs.validation else [])
-    lengths = prepare(orders, epochs, prompts, models.encoders(), store, sink)
+    lengths = prepare_captions(orders, epochs, prompts, models.encoders(), store, sink)
+    if making is None:
+        prepare_latents(orders, models.encoders(), store, sink)
     training = replace(inputs.training, lengths=lengths, text_multiple=arch.spec.text_multiple)
     if settings.epochs is not None:
         batches_in_all = sum(training.count(epoch) for epoch in range(settings.epochs))
@@ -158,31 +173,28 @@ def build(inputs: Inputs, folder: Path, name: str, job_yaml: str, sink: Sink) ->
     models.release()
     trained_text = None if models.keys.embedded else models.load_text()
 
-    denoiser = _load_denoiser(inputs, dtype, sink)
-    encoders = {} if trained_text is None else {part: trained_text.models[part] for part in arch.spec.lora_keys.text}
-    trained = with_encoders(arch.spec.denoiser, denoiser, encoders)
-    lora.attach(trained, text.layers(trained, arch.spec, inputs.lora_layers), process.network, settings.seed)
-    if inputs.pretrained is not None:
-        tensors, scales = inputs.pretrained.for_training()
-        lora.load_pretrained(trained, from_file(trained, tensors), from_file(trained, scales))
-    if inputs.adapter is not None:
-        inputs.adapter.attach(denoiser)
-    if settings.gradient_checkpointing:
-        denoiser.enable_gradient_checkpointing()  # type: ignore[operator]  # every diffusers model has it
-    lora.train_mode(trained, True)
-
+    loaded = _load(inputs, dtype, trained_text, sink)
+    keys, facts = models.keys, dict[str, str]()
+    if making is not None:
+        keys, facts = making.identify(store, keys, arch.spec, inputs.source)
+        painter = Painter(arch=arch, model=loaded.deployment, condition=condition)
+        draw_missing(making, painter, store, keys, sink, pause)
+    denoiser, trained = loaded.denoiser, loaded.deployment.trained
     trainable = lora.trainable(trained)
     _, variant = archs.variant_of(process)
     scheduler = arch.load_scheduler(inputs.source, variant.scheduler)
     ema = Ema(trainable, settings.ema_config.ema_decay) if settings.ema_config.use_ema else None
     task = replace(Task.of(arch, scheduler, settings, variant), text=trained_text)
     objective = replace(
-        keep.objective(process, task, denoiser, scheduler, variant, condition, inputs.rich),
+        keep.objective(process, task, denoiser, variant, condition, inputs.rich, inputs.picture_tokens),
+        scheduler=scheduler,
         adapter=inputs.adapter,
         ema=ema,
+        base=loaded.base,
         mixed_precision=partial(torch.autocast, device.type, torch.bfloat16, enabled=settings.dtype == "bf16"),
     )
-    source = Source(store, models.keys, training.datasets, settings.reg_weight)
+    source = Source(store, keys, training.datasets, settings.reg_weight)
+    pixels = partial(arch.decode, vae)
     return Run(
         name=name,
         folder=folder,
@@ -190,14 +202,15 @@ def build(inputs: Inputs, folder: Path, name: str, job_yaml: str, sink: Sink) ->
         job_yaml=job_yaml,
         arch=arch,
         objective=objective,
-        drift=keep.drift_meter(process, objective, condition, partial(arch.decode, vae)),
+        gate=keep.teacher_gate(process, objective, training, source, pixels),
+        drift=keep.drift_meter(process, arch, loaded.deployment, condition, pixels),
         drift_schedule=keep.drift_schedule(process, total_steps) if process.preserve.drift.measure else None,
         device=device,
         sink=sink,
         denoiser=denoiser,
         trained=trained,
+        deployment=loaded.deployment,
         vae=vae,
-        scheduler=scheduler,
         adapter=inputs.adapter,
         text=models.text,
         trainable=trainable,
@@ -208,8 +221,9 @@ def build(inputs: Inputs, folder: Path, name: str, job_yaml: str, sink: Sink) ->
         previews=previews,
         images=len({item.picture.sha256 for item in training.items}),
         captions=_captions(training),
-        validation=_validation_batches(inputs.validation, store, models.keys, lengths, arch.spec.text_multiple),
-        facts=_facts(inputs, models.keys, training),
+        validation=_validation_batches(inputs.validation, store, keys, lengths, arch.spec.text_multiple),
+        making=making,
+        facts=_facts(inputs, keys, training) | facts,
     )
 
 
@@ -234,6 +248,19 @@ def _tell(found: Scan, sink: Sink) -> None:
         details = [f"{problem.path} {problem.reason}" for problem in found.skipped]
         message = f"{len(found.skipped)} pictures are left out, as bad_images: skip asks"
         sink.emit(WarningEvent(step=None, message=message, details=details))
+
+
+def _data(process: TrainProcess, arch: Arch, sink: Sink) -> tuple[Scan, Order, Order | None]:
+    """What the datasets hold, and the orders of training and validation."""
+    datasets = process.all_datasets
+    found = scan(
+        datasets,
+        trigger=process.trigger_word,
+        divisibility=arch.spec.bucket_divisibility,
+        progress=lambda done, total: sink.emit(StageEvent(name="pictures", done=done, total=total)),
+    )
+    _tell(found, sink)
+    return found, *_orders(process, found, datasets, arch, sink)
 
 
 def _orders(
@@ -343,81 +370,60 @@ def _pretrained(process: TrainProcess, arch: Arch, denoiser: nn.Module, source: 
 # --- models ----------------------------------------------------------------------------------------------------------
 
 
-class _Models:
-    """The encoders: loaded when first needed, each moved off the card when its work is done."""
+@dataclass(frozen=True)
+class _Loaded:
+    """The models that denoise."""
 
-    def __init__(self, inputs: Inputs, store: cache.Store, dtype: torch.dtype) -> None:
-        self._inputs, self._dtype = inputs, dtype
-        self._vae: nn.Module | None = None
-        self.text: Any = None
-        model = inputs.process.model
-        # Latents are made in float32 where memory allows: the VAE is small (84 M parameters for Z-Image).
-        self._vae_dtype = dtype if model.low_vram else torch.float32
-        self._te_quantizer = _quantizer(model.qtype_te if model.quantize_te else None, "", inputs.device)
-        self.keys = self._keys(store)
-
-    def _keys(self, store: cache.Store) -> cache.Keys:
-        source, model, spec = self._inputs.source, self._inputs.process.model, self._inputs.arch.spec
-
-        def places(*kinds: str) -> list[Path]:
-            parts = [part for part in spec.components if part.startswith(kinds)]
-            file = source.single_file if set(parts) & set(spec.bundled) else None
-            folders = [source.component(part) for part in parts if not source.lacks(part)]
-            return folders + ([file] if file is not None else [])
-
-        text = cache.identity(
-            store.root,
-            places("text_encoder", "tokenizer"),
-            spec.name,  # architectures may share encoders but not how they ask them
-            str(self._dtype),
-            str(model.qtype_te if model.quantize_te else None),
-            archs.variant_of(self._inputs.process)[1].text_tokens or spec.text_tokens,
-            *(f"{name}={value}" for name, value in source.options(spec.options).items()),
-        )
-        vae = cache.identity(store.root, places("vae"), str(self._vae_dtype))
-        embedded = not self._inputs.process.train.train_text_encoder
-        return cache.Keys(vae=vae, text=text, spatial_factor=spec.spatial_factor, embedded=embedded)
-
-    def encoders(self) -> Encoders:
-        arch, device = self._inputs.arch, self._inputs.device
-        return Encoders(arch=arch, load_vae=self.vae, load_text=self.load_text, keys=self.keys, device=device)
-
-    def load_text(self) -> Any:  # noqa: ANN401  each architecture has a type of its own
-        inputs = self._inputs
-        placement = weights.Placement(self._dtype, inputs.device, self._te_quantizer)
-        self.text = inputs.arch.load_text_encoders(inputs.source, placement)
-        return self.text
-
-    def vae(self) -> nn.Module:
-        if self._vae is None:
-            self._vae = self._inputs.arch.load_vae(self._inputs.source, self._vae_dtype, self._inputs.device)
-        return self._vae
-
-    def release(self) -> None:
-        """Make room: free the text encoder, or keep it in main memory if so asked; with `low_vram` move the VAE out."""
-        if self.text is not None:
-            self.text = None if self._inputs.process.train.unload_text_encoder else self.text.to(torch.device("cpu"))
-        if self._vae is not None and self._inputs.process.model.low_vram:
-            self._vae.to("cpu")
-        if self._inputs.device.type == "cuda":
-            torch.cuda.empty_cache()
+    denoiser: nn.Module
+    deployment: Deployment
+    base: Base | None
 
 
-def _quantizer(qtype: QType | None, exclude: str, device: torch.device) -> Callable[[str, nn.Linear], nn.Module] | None:
-    return None if qtype is None else quant.quantizer(qtype, exclude, device)
-
-
-def _load_denoiser(inputs: Inputs, dtype: torch.dtype, sink: Sink) -> nn.Module:
-    """Stream the weights in, one layer at a time: merged with the adapter if so asked, cast, quantised, moved."""
-    arch, model, adapter = inputs.arch, inputs.process.model, inputs.adapter
-    sink.emit(StageEvent(name="model", done=0, total=1))
+def _load(inputs: Inputs, dtype: torch.dtype, encoders: TextEncoders, sink: Sink) -> _Loaded:
+    """The denoiser with what is trained on it (on `encoders` too, where they are given), and what stands beside it."""
+    process, arch, others = inputs.process, inputs.arch, inputs.beside
+    settings, model = process.train, process.model
     placement = weights.Placement(
         dtype,
         inputs.device,
-        quantizer=_quantizer(model.qtype if model.quantize else None, arch.spec.quantize_exclude, inputs.device),
-        patch=adapter.patch if adapter is not None and adapter.mode == "merged" else None,
+        quantizer=quantizer(model.qtype if model.quantize else None, arch.spec.quantize_exclude, inputs.device),
         keep_float32=arch.spec.keep_float32,
     )
+    elsewhere = others.load_deployed(
+        arch, placement, lambda other: lora.attach(other, inputs.lora_layers, process.network, settings.seed)
+    )
+    denoiser = _load_denoiser(inputs, placement, sink)
+    parts = {} if encoders is None else {part: encoders.models[part] for part in arch.spec.lora_keys.text}
+    trained = with_encoders(arch.spec.denoiser, denoiser, parts)
+    lora.attach(trained, text.layers(trained, arch.spec, inputs.lora_layers), process.network, settings.seed)
+    if inputs.pretrained is not None:
+        tensors, scales = inputs.pretrained.for_training()
+        lora.load_pretrained(trained, from_file(trained, tensors), from_file(trained, scales))
+    if inputs.adapter is not None:
+        inputs.adapter.attach(denoiser)
+    if settings.gradient_checkpointing:
+        denoiser.enable_gradient_checkpointing()  # type: ignore[operator]  # every diffusers model has it
+    lora.train_mode(trained, True)
+    drawn = inputs.source if others.deployed is None else others.deployed.source
+    deployment = Deployment(
+        denoiser=denoiser if elsewhere is None else elsewhere,
+        trained=trained,
+        scheduler=arch.load_scheduler(drawn, archs.drawn_variant(process)[1].scheduler),
+        device=inputs.device,
+        adapter=inputs.adapter if elsewhere is None else None,
+        patch=others.branch(placement),
+        patch_sha256=others.patch_sha256,
+        elsewhere=elsewhere is not None,
+    )
+    return _Loaded(denoiser, deployment, others.load_base(arch, placement))
+
+
+def _load_denoiser(inputs: Inputs, placement: weights.Placement, sink: Sink) -> nn.Module:
+    """Stream the weights in, one layer at a time: merged with the adapter if so asked, cast, quantised, moved."""
+    arch, adapter = inputs.arch, inputs.adapter
+    sink.emit(StageEvent(name="model", done=0, total=1))
+    if adapter is not None and adapter.mode == "merged":
+        placement = replace(placement, patch=adapter.patch)
     weights.materialise(inputs.denoiser, arch.denoiser_tensors(inputs.source), placement, where=inputs.source.name)
     sink.emit(StageEvent(name="model", done=1, total=1))
     if adapter is not None:

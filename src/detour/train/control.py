@@ -57,6 +57,12 @@ class Control:
             self.stop_reason = "stop requested"
         return found
 
+    def end_if_asked(self) -> None:
+        """Between the parts of a long preparation whose results are kept: end it there where a stop was requested."""
+        if "stop" in self._take():
+            self.stop_reason = "stop requested"
+            raise KeyboardInterrupt("stop requested before the first step")
+
     def discard_old(self) -> None:
         """Forget requests that were meant for an earlier session of the run."""
         self._take()

@@ -3,14 +3,14 @@
 For each control prompt two pictures are drawn, of fixed seeds, as the LoRA will be used (no training adapter, averaged
 weights): in few steps whenever it measures, in many at the start and at the end. They are compared with what the
 untouched model draws from the same noise, so every figure is paired. Lengths are root mean squares over latents;
-relative ones are divided by that of the untouched few-step pictures.
+relative ones are divided by that of the untouched few-step pictures. Where the LoRA is used with a patch, the untouched
+model is drawn without it: then there is drift before the first step, what the patch itself changes.
 
 Measuring costs forward passes. `Schedule` keeps that below a share of the training's own (`preserve.drift.budget`).
 """
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -19,17 +19,14 @@ from typing import TYPE_CHECKING
 
 from detour import sample
 from detour.events import DriftEvent
-from detour.nn import lora
-from detour.train.objective import evaluating
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from torch import Tensor, nn
+    from torch import Tensor
 
-    from detour.archs.base import Condition, Scheduler
-    from detour.nn.training_adapter import TrainingAdapter
-    from detour.train.objective import Task
+    from detour.archs.base import Arch, Condition
+    from detour.train.deployment import Deployment
 
 SEEDS = 2
 """Pictures of each prompt: two, so that the spread within a prompt can be told."""
@@ -82,10 +79,8 @@ class Drawn:
 class DriftMeter:
     """Draws the control pictures and compares them."""
 
-    task: Task
-    denoiser: nn.Module
-    scheduler: Scheduler
-    adapter: TrainingAdapter | None
+    arch: Arch
+    model: Deployment
     requests: Sequence[sample.Request]
     """Of few steps; `SEEDS` in a row belong to one prompt."""
     conditions: Sequence[Condition]
@@ -100,17 +95,17 @@ class DriftMeter:
     def measure(self, step: int, *, long: bool) -> DriftEvent:
         """Compare now; with `long`, many-step pictures too."""
         steps = self.requests[0].steps
-        few, few0 = self._draw(steps), self._before(steps)
+        few, few0 = self._now(steps), self._before(steps)
         size = _rms([drawn.latents for drawn in few0])
         moved = [_rms([a.latents - b.latents]) / size for a, b in zip(few, few0, strict=True)]
-        in_pixels = [
-            _rms([self.pixels(a.latents) - self.pixels(b.latents)]) / 2  # pixels run from -1 to 1
-            for a, b in zip(few, few0, strict=True)
-        ]
-        gap = gap0 = None
+        seen, seen0 = ([self.pixels(drawn.latents) for drawn in pictures] for pictures in (few, few0))
+        in_pixels = [_rms([a - b]) / 2 for a, b in zip(seen, seen0, strict=True)]  # pixels run from -1 to 1
+        sharp0 = _sharpness(seen0)
+        gap = gap0 = sharp_long = None
         if long:
-            gap = _gap(few, self._draw(self.long_steps)) / size
-            gap0 = _gap(few0, self._before(self.long_steps)) / size
+            many = self._now(self.long_steps)
+            gap, gap0 = _gap(few, many) / size, _gap(few0, self._before(self.long_steps)) / size
+            sharp_long = _share(_sharpness([self.pixels(drawn.latents) for drawn in many]), sharp0)
         drift = fsum(moved) / len(moved)
         prompts = [request.prompt for request in self.requests]
         return DriftEvent(
@@ -126,28 +121,31 @@ class DriftMeter:
             curvature_untouched=_mean([drawn.curvature for drawn in few0]),
             spread=_spread(few) / _spread(few0),
             alarm=self.alarm is not None and drift > self.alarm,
+            sharpness=_share(_sharpness(seen), sharp0),
+            sharpness_long=sharp_long,
         )
+
+    def _now(self, steps: int) -> list[Drawn]:
+        """What the model draws with what is trained."""
+        with self.model.tuned():
+            return self._draw(steps)
 
     def _before(self, steps: int) -> list[Drawn]:
         """What the untouched model draws; once."""
         if steps not in self._untouched:
-            with lora.disabled(self.denoiser):
+            with self.model.untouched():
                 self._untouched[steps] = self._draw(steps)
         return self._untouched[steps]
 
     def _draw(self, steps: int) -> list[Drawn]:
-        with ExitStack() as stack:
-            stack.enter_context(evaluating(self.denoiser))
-            if self.adapter is not None:
-                stack.enter_context(self.adapter.removed())
-            return [self._one(r, c, steps) for r, c in zip(self.requests, self.conditions, strict=True)]
+        return [self._one(r, c, steps) for r, c in zip(self.requests, self.conditions, strict=True)]
 
     def _one(self, request: sample.Request, condition: Condition, steps: int) -> Drawn:
-        arch = self.task.arch
+        arch, model = self.arch, self.model
         request = replace(request, steps=steps)
-        noise = sample.initial_noise(arch.spec, request).to(next(self.denoiser.parameters()).device)
-        predict = partial(arch.predict, self.denoiser)
-        states = list(sample.trajectory(arch, predict, self.scheduler, noise, request, [condition]))
+        noise = sample.initial_noise(arch.spec, request).to(model.device)
+        predict = partial(arch.predict, model.denoiser)
+        states = list(sample.trajectory(arch, predict, model.scheduler, noise, request, [condition]))
         velocities = [(b - a) / (u - t) for (t, a), (u, b) in pairwise(states) if u != t]
         size = _mean([float(v.square().mean()) for v in velocities])
         bends = fsum(float((b - a).square().mean()) for a, b in pairwise(velocities))
@@ -156,6 +154,17 @@ class DriftMeter:
 
 def _rms(tensors: Sequence[Tensor]) -> float:
     return sqrt(_mean([float(tensor.float().square().mean()) for tensor in tensors]))
+
+
+def _sharpness(pictures: Sequence[Tensor]) -> float:
+    """Root mean square of the differences between neighbouring pixels, along both sides."""
+    sides = [(pixels.diff(dim=-1), pixels.diff(dim=-2)) for pixels in pictures]
+    return _rms([difference for pair in sides for difference in pair])
+
+
+def _share(value: float, whole: float) -> float | None:
+    """None of a whole that is nothing: pictures of one flat colour."""
+    return value / whole if whole else None
 
 
 def _mean(values: Sequence[float]) -> float:

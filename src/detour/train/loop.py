@@ -7,22 +7,23 @@ Every random draw is a pure function of (seed, step, purpose), so a resumed run 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import isfinite
 from typing import TYPE_CHECKING
 
 import torch
 
 from detour import UserError
-from detour.events import StepEvent, StopEvent, WarningEvent
+from detour.events import PlateauEvent, StepEvent, StopEvent, WarningEvent
 from detour.seeds import seed_for
-from detour.train import optim
+from detour.train import optim, plateau
 from detour.train.controls import told
 from detour.train.schedule import lr_at, set_lr, text_lr_at
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from detour.config.adapter import StopConfig
     from detour.train.control import Control
     from detour.train.run import Run
 
@@ -42,6 +43,8 @@ class Progress:
     """Steps in a row that were not taken because something was not finite."""
     seconds: float = 0.0
     """Time spent training, over all sessions."""
+    held_out: list[float] = field(default_factory=list)
+    """Where a training adapter is made: the loss on held-out pictures, from before the first step on."""
     below_alarm: int | None = None
     """The last saved step at which the drift was measured and was below its alarm: its checkpoint is never pruned."""
 
@@ -56,6 +59,8 @@ class Outcome:
     taken: bool
     pictures: list[tuple[str, float]]
     """Pictures of the step with their times; where some loss was not finite, those only."""
+    picture_losses: list[tuple[float, float]] | None
+    """Time and loss of each picture, for the event."""
 
 
 def train(run: Run, progress: Progress, control: Control) -> str:
@@ -67,6 +72,9 @@ def train(run: Run, progress: Progress, control: Control) -> str:
     while True:
         requests = control.poll(progress.step)
         new = progress.step != resumed_at  # else the checkpoint of this very step was just taken up
+
+        # Validate: at the same noise and times each time. A training adapter may be done by it.
+        _validated(run, progress, new)
 
         # Measure how far the model has moved where it should not.
         moved = _measured(run, progress, control) if new else None
@@ -80,10 +88,6 @@ def train(run: Run, progress: Progress, control: Control) -> str:
             run.save(progress, required=last or progress.step == 0)
         elif not new:
             run.catch_up(progress)
-
-        # Validate: at the same noise and times each time.
-        if new and run.due_validation(progress.step):
-            run.validate(progress.step)
 
         # Draw previews as the finished LoRA will be used: without the training adapter.
         due = run.due_sample(progress.step, epochs) and (new or not run.previews_drawn(progress.step))
@@ -110,6 +114,7 @@ def train(run: Run, progress: Progress, control: Control) -> str:
                     seconds=now - step_started,
                     seconds_outside=step_started - previous_end,
                     memory_bytes=run.memory_bytes(),
+                    picture_losses=outcome.picture_losses,
                 )
             )
         previous_end = now
@@ -118,6 +123,43 @@ def train(run: Run, progress: Progress, control: Control) -> str:
         return FINISHED
     assert control.stop_reason is not None
     return control.stop_reason
+
+
+def _validated(run: Run, progress: Progress, new: bool) -> None:
+    """Validate if it is due. The run ends here where it makes a training adapter and that loss has stopped falling."""
+    if not run.due_validation(progress.step):
+        return
+    loss = run.validate(progress.step) if new else None
+    if run.making is None:
+        return
+    if loss is not None:
+        if progress.step and not progress.held_out:
+            progress.held_out.append(run.untouched_loss())  # other pictures are held out than before
+        progress.held_out.append(loss)
+    if not all(isfinite(value) for value in progress.held_out):
+        raise UserError(
+            f"step {progress.step}: the held-out loss is not finite; try a lower train.lr or model.dtype: fp32"
+        )
+    _judge(run, progress, run.making.process.adapter.stop, new)
+
+
+def _judge(run: Run, progress: Progress, stop: StopConfig, new: bool) -> None:
+    """End a run whose held-out loss is flat; where it ends without that, say how it stands. `new`: it was not said."""
+    verdict = plateau.judge(progress.held_out, stop)
+    state, reason = verdict.state, verdict.reason
+    if state == "flat" and stop.sharpness is not None and (sharp := run.sharpness(progress.step)) >= stop.sharpness:
+        sharply = f"few-step pictures still have {sharp:.0%} of their sharpness"
+        state, reason = "falling", f"{reason}; but {sharply} (adapter.stop.sharpness: {stop.sharpness:.0%})"
+    at_limit = progress.step >= run.total_steps
+    if state == "flat":
+        run.total_steps = progress.step
+    if not new:
+        return
+    if state == "flat":
+        run.sink.emit(PlateauEvent(step=progress.step, reason=reason))
+    elif at_limit or (state == "unmoved" and len(progress.held_out) == stop.patience + 1):
+        limit = f"train.steps ({run.total_steps}) is reached before adapter.stop: " if at_limit else ""
+        run.sink.emit(WarningEvent(step=progress.step, message=limit + reason))
 
 
 def _measured(run: Run, progress: Progress, control: Control) -> bool | None:
@@ -149,7 +191,8 @@ def train_step(run: Run, progress: Progress) -> Outcome:
         progress.epoch, progress.batch = position
 
     loss_of = torch.cat(losses).tolist()
-    drawn = list(zip(names, torch.cat(times).tolist(), strict=True))
+    time_of = torch.cat(times).tolist()
+    drawn = list(zip(names, time_of, strict=True))
     bad = [draw for draw, value in zip(drawn, loss_of, strict=True) if not isfinite(value)]
     lr = lr_at(settings, progress.step, run.total_steps)
     taken, grad_norm = False, float("nan")
@@ -163,7 +206,8 @@ def train_step(run: Run, progress: Progress) -> Outcome:
         run.ema.update()
     progress.step += 1
     loss = sum(loss_of) / len(loss_of)
-    return Outcome(loss=loss, grad_norm=grad_norm, lr=lr, taken=taken, pictures=bad or drawn)
+    timed = [(round(t, 4), value) for t, value in zip(time_of, loss_of, strict=True)] if run.objective.timed else None
+    return Outcome(loss=loss, grad_norm=grad_norm, lr=lr, taken=taken, pictures=bad or drawn, picture_losses=timed)
 
 
 def _count_bad_steps(run: Run, progress: Progress, outcome: Outcome) -> None:

@@ -4,9 +4,8 @@ Each term draws the trained model's prediction towards a target at chosen states
 `scale * E_(z,t) w(t) || v_theta(z, t, told) - stopgrad T(z, t) ||^2`. A strategy is a list of terms, plain data
 (`config.preserve.STRATEGIES`). Plain training is the list with the one term that `objective.training_loss` computes.
 
-Teachers are the same weights with what is trained switched off, averaged, or as it was when the run began: never a
-second copy. All terms but the plain one see the model as it will be used: without the training adapter. Rollouts are
-`sample.trajectory`, so that their states are bit for bit those that sampling visits.
+All terms but those of the pictures see the model as it will be used: without the training adapter. Whom they learn from
+is in `teachers.py`. Rollouts are `sample.trajectory`, so that their states are bit for bit those that sampling visits.
 
 Shapes: B batch, C channels, H W latent height and width (of video: C F H W). Time t is in [0, 1]: 0 is clean.
 """
@@ -14,23 +13,25 @@ Shapes: B batch, C channels, H W latent height and width (of video: C F H W). Ti
 from __future__ import annotations
 
 import copy
-from contextlib import contextmanager, nullcontext
+from collections import defaultdict
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from detour import sample
 from detour.config.preserve import PLAIN, TermConfig
 from detour.nn import fields, lora
 from detour.nn.rng import generator
 from detour.seeds import seed_for
+from detour.train.fewsteps import FewSteps
 from detour.train.objective import LossOut, evaluating, noise_like, sample_loss, training_loss
+from detour.train.teachers import Asked, Base, Teachers, Told
+from detour.train.unwanted import Unwanted
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
     from contextlib import AbstractContextManager
 
     from torch import nn
@@ -42,32 +43,8 @@ if TYPE_CHECKING:
     from detour.train.ema import Ema
     from detour.train.objective import Task
 
-
-def needs_prompts(terms: Sequence[TermConfig]) -> bool:
-    """Is some term told neutral prompts?"""
-    return any(term.told == "neutral" for term in terms)
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """A question to a model: states, times, and all that it is told."""
-
-    z: Tensor
-    t_B: Tensor
-    conditions: list[Condition]
-    names: list[str]
-    """Of the pictures, as in a batch."""
-
-
-@dataclass
-class Told:
-    """Conditions besides the captions', by what they are for."""
-
-    neutral: list[Condition] = field(default_factory=list)
-    rich: dict[str, Condition] = field(default_factory=dict)
-    """The long caption's, by the picture's name in batches."""
-    empty: Condition = field(default_factory=dict)
-    """Of no caption at all."""
+_OF_PICTURES = ("data", "contrast")
+"""Targets that are the pictures', for which the training adapter stays on."""
 
 
 @dataclass
@@ -81,6 +58,8 @@ class Objective:
     told: Told = field(default_factory=Told)
     adapter: TrainingAdapter | None = None
     ema: Ema | None = None
+    base: Base | None = None
+    """Of `target: delta`."""
     scheduler: Scheduler = None
     """Of rollouts and grids; a copy, since schedulers keep a place."""
     steps: int = 8
@@ -91,20 +70,36 @@ class Objective:
 
     def __post_init__(self) -> None:
         self.scheduler = copy.deepcopy(self.scheduler)
-        self._begun: dict[str, Tensor] = {}
+        begun: dict[str, Tensor] = {}
         if any(term.target == "path" for term in self.terms):
-            self._begun = {name: tensor.clone() for name, tensor in lora.state(self.denoiser).items()}
+            begun = {name: tensor.clone() for name, tensor in lora.state(self.denoiser).items()}
+        self.sampler = FewSteps(self.task.arch, self.scheduler, self.steps, self.guidance)
+        self.unwanted = Unwanted(self.sampler, self.denoiser, self.config.seed)
+        self.teachers = Teachers(
+            arch=self.task.arch,
+            denoiser=self.denoiser,
+            told=self.told,
+            adapter=self.adapter,
+            ema=self.ema,
+            base=self.base,
+            begun=begun,
+            mixed_precision=self.mixed_precision,
+        )
+
+    @property
+    def timed(self) -> bool:
+        """Is each picture's loss that of its time, in every step? The sum of terms at different times is not."""
+        return all(term.states == "data" and term.every == 1 for term in self.terms)
 
     def backward(self, batch: Batch, step: int, micro: int, share: float) -> LossOut:
         """Add the gradient of `share` times the loss of a micro-batch. Returns the sum of the terms, detached.
 
-        Every state is led back by itself, so that no more than one graph is held.
+        Every state is led back by itself, so that no more than one graph is held (of `preference`: two).
         """
+        place = (self.config.seed, step, micro)
         total: LossOut | None = None
-        for index, term in enumerate(self.terms):
-            if step % term.every:
-                continue
-            out = self._term(index, term, batch, step, micro, share)
+        for terms in self._groups(step):
+            out = self._group(terms, batch, place, share)
             total = (
                 out
                 if total is None
@@ -115,20 +110,33 @@ class Objective:
             return LossOut(torch.zeros(()), nothing_B, nothing_B)
         return total
 
-    def _term(self, index: int, term: TermConfig, batch: Batch, step: int, micro: int, share: float) -> LossOut:
-        if term == PLAIN:
+    def _groups(self, step: int) -> list[dict[int, TermConfig]]:
+        """The terms that count in a step, by their place. Those that need one prediction at one state are together."""
+        groups: dict[object, dict[int, TermConfig]] = defaultdict(dict)
+        for index, term in enumerate(self.terms):
+            if step % term.every:
+                continue
+            alone = term.states == "rollout" or term.target == "preference"
+            deployed = self.adapter is not None and term.target not in _OF_PICTURES
+            groups[index if alone else (term.states, deployed)][index] = term
+        return list(groups.values())
+
+    def _group(self, terms: dict[int, TermConfig], batch: Batch, place: tuple[int, int, int], share: float) -> LossOut:
+        (index, term), *more = terms.items()
+        if term == PLAIN and not more:
             with self.mixed_precision():
-                out = training_loss(self.task, self.denoiser, batch, self.config, self.config.seed, step, micro)
+                out = training_loss(self.task, self.denoiser, batch, self.config, *place)
             (out.loss * share).backward()  # type: ignore[no-untyped-call]
             return LossOut(out.loss.detach(), out.per_sample_B, out.t_B)
-        place = (self.config.seed, step, micro)
         if term.states == "rollout":
             return self._rollouts(term, batch, (index, *place), share)
-        return self._noised(term, batch, place, share)
+        if term.target == "preference":
+            return self._preferred(term, batch, place, share)
+        return self._noised(list(terms.values()), batch, place, share)
 
     # --- noised pictures ---------------------------------------------------------------------------------------------
 
-    def _noised(self, term: TermConfig, batch: Batch, place: tuple[int, int, int], share: float) -> LossOut:
+    def _noised(self, terms: list[TermConfig], batch: Batch, place: tuple[int, int, int], share: float) -> LossOut:
         """States on the lines between pictures and noise, with the noise and times of plain training where it has them.
 
         A term with the picture as its target keeps the training adapter; one that compares with the untouched model
@@ -136,45 +144,76 @@ class Objective:
         """
         z0 = batch.latents_BCHW.float()
         eps = noise_like(z0, *place)
-        t_B, next_B, weights_B = self._times(term, z0, place)
+        t_B, next_B, weights_B = self._times(terms[0], z0, place)
         z = self.task.noising.noisy(z0, eps, t_B)
-        of_data = term.target in ("data", "contrast")
-        with nullcontext() if of_data else self._deployed():
-            target = (
-                self.task.noising.target(z0, eps, t_B) if of_data else self._field(term, self._asked(z, t_B, batch))
-            )
-            if term.target == "contrast":
-                nothing = replace(batch, conditions=[self.told.empty] * len(z0))
-                with torch.no_grad(), evaluating(self.denoiser), self.mixed_precision():
-                    without = self.task.predict(self.denoiser, z, t_B, nothing)
-                target = fields.moved(without, target, without, term.gain)
+        of_pictures = all(term.target in _OF_PICTURES for term in terms)
+        with nullcontext() if of_pictures else self.teachers.deployed():
+            targets = [self._target(term, z, t_B, batch, eps) for term in terms]
             with self.mixed_precision():
                 prediction = self.task.predict(self.denoiser, z, t_B, batch)
-            per_sample_B = sample_loss(prediction, target, self.config, batch.masks_B1HW if of_data else None)
-            weight_B = fields.weight(term.weighting, t_B, next_B) * weights_B
-            loss = term.scale * (weight_B * batch.weights_B * per_sample_B).mean()
+            loss, per_sample_B = torch.zeros((), device=z.device), torch.zeros_like(t_B)
+            for term, target in zip(terms, targets, strict=True):
+                of_picture = term.target in _OF_PICTURES
+                errors_B = sample_loss(prediction, target, self.config, batch.masks_B1HW if of_picture else None)
+                weight_B = fields.weight(term.weighting, t_B, next_B) * weights_B
+                weight_B = weight_B * (self.task.noising.weights(t_B) if of_picture else 1.0)
+                loss = loss + term.scale * (weight_B * batch.weights_B * errors_B).mean()
+                per_sample_B = per_sample_B + errors_B.detach()
             (loss * share).backward()  # type: ignore[no-untyped-call]  # inside: checkpoints run the model again
-        return LossOut(loss.detach(), per_sample_B.detach(), t_B)
+        return LossOut(loss.detach(), per_sample_B, t_B)
+
+    def _target(self, term: TermConfig, z: Tensor, t_B: Tensor, batch: Batch, eps: Tensor) -> Tensor:
+        """What a term on noised pictures draws to."""
+        z0 = batch.latents_BCHW.float()
+        if term.target not in _OF_PICTURES:
+            return self.teachers.target(term, self._asked(z, t_B, batch))
+        target = self.task.noising.target(z0, eps, t_B)
+        if term.target == "data":
+            return target
+        nothing = replace(batch, conditions=[self.told.empty] * len(z0))
+        with torch.no_grad(), evaluating(self.denoiser), self.mixed_precision():
+            without = self.task.predict(self.denoiser, z, t_B, nothing)
+        return fields.moved(without, target, without, term.gain)
+
+    def _preferred(self, term: TermConfig, batch: Batch, place: tuple[int, int, int], share: float) -> LossOut:
+        """A choice between each picture and what the untouched model draws for its caption, at the same times.
+
+        The picture has the noise of plain training, what was drawn the noise that it came from.
+        """
+        with self.teachers.deployed():
+            z0, eps = batch.latents_BCHW.float(), noise_like(batch.latents_BCHW, *place)
+            drawn, drawn_eps = self.unwanted.of(batch)
+            t_B, next_B, weights_B = self._times(term, z0, place)
+            weight_B = fields.weight(term.weighting, t_B, next_B) * weights_B
+            trained: list[Tensor] = []
+            before: list[Tensor] = []
+            for clean, noise, masks in ((z0, eps, batch.masks_B1HW), (drawn, drawn_eps, None)):
+                asked = self._asked(self.task.noising.noisy(clean, noise, t_B), t_B, batch)
+                goal = self.task.noising.target(clean, noise, t_B)
+                untouched = self.teachers.untouched(asked)
+                with self.mixed_precision():
+                    prediction = self.teachers.predict(asked)
+                for errors, field_of in ((before, untouched), (trained, prediction)):
+                    errors.append(weight_B * sample_loss(field_of, goal, self.config, masks))
+            loss_B = fields.preference((trained[0], trained[1]), (before[0], before[1]), term.beta)
+            loss = term.scale * (batch.weights_B * loss_B).mean()
+            (loss * share).backward()  # type: ignore[no-untyped-call]
+        return LossOut(loss.detach(), loss_B.detach(), t_B)
 
     def _times(self, term: TermConfig, z0: Tensor, place: tuple[int, int, int]) -> tuple[Tensor, Tensor | None, Tensor]:
         """Times, the next on the grid where they are on it, and the weights that the times' type gives them."""
         if term.states == "data":
             t_B, weights_B = self.task.times(self.config, z0, *place)
             return t_B, None, weights_B
-        grid = self.grid((z0.shape[-2], z0.shape[-1]), z0.device)
+        grid = self.sampler.grid((z0.shape[-2], z0.shape[-1]), z0.device)
         picks = [seed_for("state", *place, i) % (len(grid) - 1) for i in range(len(z0))]
         t_B, next_B = (torch.tensor([grid[pick + after] for pick in picks], device=z0.device) for after in (0, 1))
         return t_B, next_B, torch.ones_like(t_B)
 
-    def grid(self, latent_HW: tuple[int, int], device: torch.device) -> list[float]:
-        """The times that the sampler visits, from 1 (or the first noise level) to 0."""
-        self.task.arch.set_timesteps(self.scheduler, self.steps, latent_HW, device)
-        return [float(timestep) / 1000 for timestep in self.scheduler.timesteps] + [0.0]
-
     def _asked(self, z: Tensor, t_B: Tensor, batch: Batch) -> Asked:
         told = [self.task.arch.picture_condition(framing, None) for framing in batch.framings]
         conditions = [caption | picture for caption, picture in zip(batch.conditions, told, strict=True)]
-        return Asked(z, t_B, conditions, batch.names)
+        return Asked(z, t_B, conditions, batch.names, batch.latents_BCHW)
 
     # --- the model's own states --------------------------------------------------------------------------------------
 
@@ -190,15 +229,9 @@ class Objective:
     ) -> LossOut:
         one = self._one(term, batch, i, place)
         z = one.latents_BCHW
-        spec = self.task.arch.spec
-        request = sample.Request(
-            prompt="", seed=seed_for("rollout", *place, i), steps=self.steps, guidance=self.guidance,
-            width=z.shape[-1] * spec.spatial_factor, height=z.shape[-2] * spec.spatial_factor,
-            frames=1 if spec.frame_factor is None else (z.shape[2] - 1) * spec.frame_factor + 1,
-        )  # fmt: skip
         noise = torch.randn(z.shape, generator=generator("rollout noise", *place, i)).to(z.device)
-        grid = self.grid((z.shape[-2], z.shape[-1]), z.device)
-        chosen = seed_for("state", *place, i) % self.steps
+        grid = self.sampler.grid((z.shape[-2], z.shape[-1]), z.device)
+        wanted = self._wanted(term, grid, seed_for("state", *place, i))
         found: list[tuple[Tensor, float]] = []
         count = 0
 
@@ -206,36 +239,39 @@ class Objective:
             """What `trajectory` steps on with; at chosen states the loss is led back on the way."""
             nonlocal count
             at, count = count, count + 1
-            if term.which == "one" and at != chosen:
+            if at not in wanted:
                 return self.task.arch.predict(self.denoiser, state, t_B, conditions)
-            asked = Asked(state, t_B, list(conditions), one.names)
+            asked = Asked(state, t_B, list(conditions), one.names, z)
             with torch.enable_grad():
-                prediction, loss = self._at(term, asked, grid[at : at + 2], share)
+                prediction, loss = self._at(term, asked, grid[at : at + 2], share / len(wanted))
             found.append((loss, grid[at]))
             return prediction
 
-        with self._deployed():
-            states = sample.trajectory(self.task.arch, predict, self.scheduler, noise, request, one.conditions)
+        with self.teachers.deployed():
+            states = self.sampler.states(predict, noise, one.conditions, seed_for("rollout", *place, i))
             for index, _ in enumerate(states):
-                if term.which == "one" and index > chosen:
+                if index > wanted[-1]:
                     break
-        losses = torch.stack([loss for loss, _ in found])
-        mean = losses.mean().reshape(1)
+        mean = torch.stack([loss for loss, _ in found]).mean().reshape(1)
         return LossOut(term.scale * mean[0], mean, torch.tensor([found[0][1]]))
+
+    def _wanted(self, term: TermConfig, grid: Sequence[float], number: int) -> list[int]:
+        """The places on the grid whose states count in a rollout: every one, or one by a random number."""
+        places = FewSteps.below(grid, term.below)
+        return places if term.which == "all" else [places[number % len(places)]]
 
     def _at(self, term: TermConfig, asked: Asked, times: list[float], share: float) -> tuple[Tensor, Tensor]:
         """Prediction and loss (both detached) at one state of a rollout; its gradient is added."""
-        states = self.steps if term.which == "all" else 1
         here_B, next_B = (torch.tensor([time], device=asked.z.device) for time in times)
-        target = self._path(term, asked, times) if term.target == "path" else self._field(term, asked)
+        target = self.teachers.target(term, asked, times)
         with self.mixed_precision():
-            prediction = self._predict(asked)
+            prediction = self.teachers.predict(asked)
         loss = (fields.weight(term.weighting, here_B, next_B) * fields.squared_error(prediction, target)).mean()
-        (loss * (term.scale * share / states)).backward()  # type: ignore[no-untyped-call]
+        (loss * (term.scale * share)).backward()  # type: ignore[no-untyped-call]
         return prediction.detach(), loss.detach()
 
     def _one(self, term: TermConfig, batch: Batch, i: int, place: tuple[int, int, int, int]) -> Batch:
-        """A batch of one picture with what its rollout is told. The picture itself only gives the size."""
+        """A batch of one picture with what its rollout is told. Told a neutral prompt, only its size counts."""
         conditions = batch.conditions[i : i + 1]
         if term.told == "neutral":
             conditions = [self.told.neutral[seed_for("prompt", *place, i) % len(self.told.neutral)]]
@@ -247,48 +283,3 @@ class Objective:
             framings=batch.framings[i : i + 1],
             names=batch.names[i : i + 1],
         )
-
-    # --- targets -----------------------------------------------------------------------------------------------------
-
-    def _predict(self, asked: Asked) -> Tensor:
-        return self.task.arch.predict(self.denoiser, asked.z, asked.t_B, asked.conditions).float()
-
-    def _field(self, term: TermConfig, asked: Asked) -> Tensor:
-        """What the teacher predicts; no gradient."""
-        teacher = lora.disabled(self.denoiser) if term.target == "frozen" else self._averaged()
-        if term.teacher_told == "rich":
-            rich = [self.told.rich[name] for name in asked.names]
-            conditions = [told | more for told, more in zip(asked.conditions, rich, strict=True)]
-            asked = replace(asked, conditions=conditions)
-        with torch.no_grad(), evaluating(self.denoiser), teacher, self.mixed_precision():
-            return self._predict(asked)
-
-    def _path(self, term: TermConfig, asked: Asked, times: list[float]) -> Tensor:
-        """The velocity that leads straight to where small steps of the model as it was at the start end."""
-        start, end = times
-        between = [start + (end - start) * k / term.path_steps for k in range(term.path_steps + 1)]
-        state = asked.z
-        with torch.no_grad(), evaluating(self.denoiser), self._as_begun(), self.mixed_precision():
-            for here, there in pairwise(between):
-                t_B = torch.full_like(asked.t_B, here)
-                state = state + (there - here) * self._predict(replace(asked, z=state, t_B=t_B))
-        return (state - asked.z) / (end - start)
-
-    @contextmanager
-    def _as_begun(self) -> Iterator[None]:
-        """The trained weights as they were when the run began, with the training adapter if there is one."""
-        trained = {name: tensor.clone() for name, tensor in lora.state(self.denoiser).items()}
-        lora.load_state(self.denoiser, self._begun)
-        try:
-            with nullcontext() if self.adapter is None else self.adapter.present():
-                yield
-        finally:
-            lora.load_state(self.denoiser, trained)
-
-    def _averaged(self) -> AbstractContextManager[None]:
-        assert self.ema is not None, "the schema asks for it"
-        return self.ema.swapped()
-
-    def _deployed(self) -> AbstractContextManager[None]:
-        """The model as it will be used: without the training adapter."""
-        return self.adapter.removed() if self.adapter is not None else nullcontext()

@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from glob import escape
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from detour import UserError, export, sample
-from detour.events import SampleEvent, SaveEvent, ValidationEvent, WarningEvent
+from detour import UserError, export, files, sample
+from detour.adapter import is_blank, prove
+from detour.draw import DTYPES
+from detour.events import GateEvent, SampleEvent, SaveEvent, ValidationEvent, WarningEvent
 from detour.files import DiskFullError
 from detour.nn import lora
 from detour.nn.together import to_file
@@ -24,14 +27,17 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from detour.adapter import Making
     from detour.archs.base import Arch, Condition
     from detour.config.job import TrainProcess
     from detour.data.loader import Batch
     from detour.events import Sink
     from detour.lora_formats import Format
     from detour.nn.training_adapter import TrainingAdapter
+    from detour.train.deployment import Deployment
     from detour.train.drift import DriftMeter, Schedule
     from detour.train.ema import Ema
+    from detour.train.gate import TeacherGate
     from detour.train.loop import Progress
     from detour.train.preserve import Objective
 
@@ -61,8 +67,9 @@ class Run:
     denoiser: nn.Module
     trained: nn.Module
     """What the adapter is on: the denoiser, or it and its text encoders (`nn.together`)."""
+    deployment: Deployment
+    """What previews are drawn with."""
     vae: nn.Module
-    scheduler: Any
     adapter: TrainingAdapter | None
     text: Any
     """The text encoder in main memory, where `unload_text_encoder: false` keeps it."""
@@ -79,6 +86,9 @@ class Run:
     validation: list[Batch]
     drift: DriftMeter | None = None
     drift_schedule: Schedule | None = None
+    gate: TeacherGate | None = None
+    making: Making | None = None
+    """What is more than training, where a training adapter is made."""
     facts: dict[str, Any] = field(default_factory=dict)
     """What identifies data, model and program: goes into checkpoints and is compared on resuming."""
     batches: Iterator[tuple[Batch, tuple[int, int]]] = field(default_factory=lambda: iter(()))
@@ -215,23 +225,48 @@ class Run:
                 epoch=progress.epoch,
                 images=self.images,
                 adapter_sha256=self.adapter.sha256 if self.adapter else None,
+                patch_sha256=self.deployment.patch_sha256,
                 job_sha256=hashlib.sha256(self.job_yaml.encode()).hexdigest(),
                 captions=self.captions if self.process.save.include_captions else (),
             )
-            metadata = export.describe(file, self.arch.spec, origin)
-            base = export.Base.of(self.trained, self.arch.spec)
-            written = export.write_lora(path, file, base, fmt, dtype=self.process.save.dtype, metadata=metadata)
+            metadata, spec, check = export.describe(file, self.arch.spec, origin), self.arch.spec, None
+            if self.making is not None:
+                spec = self.making.file_spec(spec)
+                metadata |= self.making.header(str(self.facts["base_sha256"]), progress.held_out)
+                if progress.step >= self.total_steps or not is_blank(file):
+                    dtype = DTYPES[self.process.model.dtype or self.process.train.dtype]
+                    check = partial(prove, lora=file, trained=self.trained, spec=spec, dtype=dtype)
+            base, held_in = export.Base.of(self.trained, spec), self.process.save.dtype
+            written = export.write_lora(path, file, base, fmt, dtype=held_in, metadata=metadata, check=check)
         for note in written.notes:
             self.sink.emit(WarningEvent(step=progress.step, message=f"{path.name}: {note}"))
-        return f"{written.proof.modules} layers, loaded by {written.proof.loader}"
+        checked = f"; {written.checked}" if written.checked else ""
+        return f"{written.proof.modules} layers, loaded by {written.proof.loader}{checked}"
 
-    def validate(self, step: int) -> None:
+    def validate(self, step: int) -> float:
         """Loss on held-out pictures, at fixed noise and times, with the training adapter as in training."""
+        with self.as_deployed():
+            mean, by_time = self._held_out_loss()
+        self.sink.emit(ValidationEvent(step=step, loss=mean, by_time=by_time))
+        return mean
+
+    def untouched_loss(self) -> float:
+        """The same of the model without what is trained."""
+        with lora.disabled(self.trained):
+            return self._held_out_loss()[0]
+
+    def _held_out_loss(self) -> tuple[float, dict[str, float]]:
         times, seed = self.process.validation.times, self.process.train.seed
         held = [batch.to(self.device) for batch in self.validation]
-        with self.as_deployed(), self.mixed_precision(), evaluating(self.trained):
-            mean, by_time = validation_loss(self.objective.task, self.denoiser, held, times, seed)
-        self.sink.emit(ValidationEvent(step=step, loss=mean, by_time=by_time))
+        with self.mixed_precision(), evaluating(self.trained):
+            return validation_loss(self.objective.task, self.denoiser, held, times, seed)
+
+    def sharpness(self, step: int) -> float:
+        """Of few-step pictures, relative to the untouched model's."""
+        assert self.drift is not None
+        with self.as_deployed(), self._vae_on_device():
+            sharpness = self.drift.measure(step, long=False).sharpness
+        return 1.0 if sharpness is None else sharpness  # flat pictures cannot lose any
 
     def due_drift(self, step: int) -> bool:
         """Is the drift to be measured: before the first step, when the schedule says, at the end."""
@@ -251,21 +286,51 @@ class Run:
             self.sink.emit(WarningEvent(step=step, message=message + kept))
         return event.alarm
 
+    def check_teacher(self) -> None:
+        """Before the first step: look at what a teacher that is told more draws. UserError where it must not teach."""
+        if self.gate is None:
+            return
+        with self._vae_on_device():
+            verdict = self.gate.examine()
+        path = self.folder / "samples" / "teacher-gate.png"
+        with files.new_file(path) as temporary:
+            verdict.page.save(temporary, format="PNG")
+        self.sink.emit(
+            GateEvent(
+                step=0,
+                passed=not verdict.reasons,
+                gain=verdict.gain.mean,
+                gain_error=verdict.gain.error,
+                gap=verdict.gap,
+                colour=[shift.mean for shift in verdict.colour],
+                frame=verdict.frame,
+                reasons=verdict.reasons,
+                path=str(path),
+            )
+        )
+        if not verdict.reasons:
+            return
+        message = f"the teacher of preserve should not teach as it is (see {path})"
+        if self.process.preserve.gate == "refuse":
+            raise UserError(
+                f"preserve.gate: {message}: {'; '.join(verdict.reasons)}. Tell it other captions, or set "
+                f"preserve.gate: warn to train all the same"
+            )
+        self.sink.emit(WarningEvent(step=0, message=message, details=verdict.reasons))
+
     def draw_previews(self, step: int) -> None:
         """Draw every preview as the LoRA will be used: training adapter removed, dropout off."""
-        arch, latents = self.arch, list[torch.Tensor]()
-        with self.as_deployed(), ExitStack() as stack:
-            stack.enter_context(evaluating(self.trained))
-            if self.adapter is not None:
-                stack.enter_context(self.adapter.removed())
+        arch, model, latents = self.arch, self.deployment, list[torch.Tensor]()
+        with self.as_deployed(), evaluating(self.trained), model.tuned():
             for preview in self.previews:
                 request = preview.request
                 noise = sample.initial_noise(arch.spec, request).to(self.device)
                 with self._lora_scaled(request.lora_scale):
                     latents.append(
-                        sample.denoise(arch, self.denoiser, self.scheduler, noise, request, self._told(preview))
+                        sample.denoise(arch, model.denoiser, model.scheduler, noise, request, self._told(preview))
                     )
         facts = {key: str(value) for key, value in self.facts.items() if key.endswith("sha256")} | {"step": str(step)}
+        facts |= {} if model.patch_sha256 is None else {"distill_patch_sha256": model.patch_sha256}
         with self._vae_on_device():
             for index, (preview, latents_BCHW) in enumerate(zip(self.previews, latents, strict=True)):
                 request, frames = preview.request, sample.to_frames(arch, self.vae, latents_BCHW)
@@ -300,7 +365,7 @@ class Run:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.process.train.dtype == "bf16")
 
     def _lora_scaled(self, factor: float) -> AbstractContextManager[None]:
-        return nullcontext() if factor == 1 else lora.scaled(self.trained, factor)
+        return nullcontext() if factor == 1 else lora.scaled(self.deployment.with_lora, factor)
 
     @contextmanager
     def _vae_on_device(self) -> Iterator[None]:

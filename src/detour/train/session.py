@@ -6,33 +6,40 @@ import re
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
 from detour import UserError, archs, files
+from detour.adapter import HELD_OUT
 from detour.config.load import changed_options, dump_job, run_folder
 from detour.events import EndEvent, JsonlSink, StartEvent, Tee, WarningEvent
+from detour.report import page
 from detour.trackers import open_trackers
 from detour.train import build, checkpoint
 from detour.train.loop import FINISHED, Progress, train
 from detour.train.run import lora_files
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
-    from detour.config.job import Job, TrainProcess
+    from detour.config.job import Job, Process
     from detour.events import Event, Sink
     from detour.train.control import Control
     from detour.train.run import Run
 
 _NO_INFLUENCE = re.compile(
-    r"(process\[\d+\]\.)?(config\.output_\w+|(meta|sample|save|logging|preserve\.drift)\b[^:]*"
+    r"(process\[\d+\]\.)?(config\.output_\w+|(meta|sample|save|logging|preserve\.(drift|gate|distill_patch|deploy_on))\b[^:]*"
     r"|train\.(num_workers|cache_folder|dataset_folder|unload_text_encoder|max_bad_steps|save_every_n_epochs)"
     r"|validation\.(validate_every|times|max_images|dataset\b[^:]*)"
+    r"|adapter\.(prompts_file|stop\.(every|times|patience|tolerance|least|sharpness))"
     r"|datasets\[\d+\]\.(folder_path|mask_path|captions_file|bad_images)): "
 )
 """Changes that decide nothing about the weights. Where pictures lie is one: their contents are compared by hash."""
+
+_NO_REPORT = (UserError, OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError)
+"""What making a report may end with, besides the errors of its templates."""
 
 
 @dataclass(frozen=True)
@@ -79,9 +86,7 @@ def run_job(job: Job, control: Control, sink: Sink, *, fresh: bool = False) -> l
     return results
 
 
-def _run_process(
-    job: Job, process: TrainProcess, folder: Path, control: Control, console: Sink, *, fresh: bool
-) -> Result:
+def _run_process(job: Job, process: Process, folder: Path, control: Control, console: Sink, *, fresh: bool) -> Result:
     name, started = files.safe_name(job.config.output_name), time.monotonic()
     found = _Warnings()
     inputs = build.gather(process, Tee(console, found))  # every error, before a folder is touched or a weight is read
@@ -108,12 +113,14 @@ def _run_process(
         snapshot = _newest(folder / "checkpoints", sink)
         loras = lora_files(folder, name, process.save.formats)
         if snapshot is not None and _finished(snapshot, text, loras):
-            _warn(sink, "this run is finished; raise train.steps (or epochs) to go on, or start over with --fresh")
+            onward = "lower adapter.stop.tolerance" if process.type == "adapter" else "raise train.steps (or epochs)"
+            _warn(sink, f"this run is finished; {onward} to go on, or start over with --fresh")
             sink.emit(EndEvent(step=snapshot.step, reason=FINISHED, seconds=time.monotonic() - started))
             return Result(folder, FINISHED, snapshot.step, loras[0])
-        run = build.build(inputs, folder, name, text, sink)
+        run = build.build(inputs, folder, name, text, sink, control.end_if_asked)
         progress = _resume(run, snapshot) if snapshot is not None else Progress()
         run.start(progress)
+        stack.push(_report_at_the_end(folder, sink))
         sink.emit(
             StartEvent(
                 step=progress.step,
@@ -121,12 +128,32 @@ def _run_process(
                 name=name,
                 arch=process.model.arch,
                 resumed_from=str(folder / "checkpoints" / checkpoint.folder_name(progress.step)) if snapshot else None,
+                facts={name: str(fact) for name, fact in run.facts.items()} | {"pictures": str(run.images)},
             )
         )
+        if progress.step == 0:
+            run.check_teacher()
         reason = train(run, progress, control)
         exported = run.finish(progress) if reason == FINISHED else None
         sink.emit(EndEvent(step=progress.step, reason=reason, seconds=time.monotonic() - started))
         return Result(folder, reason, progress.step, exported)
+
+
+def _report_at_the_end(folder: Path, sink: Sink) -> Callable[..., None]:
+    """For an exit stack: write `report.html`, however the run ends, but for a second Ctrl-C, which stops at once."""
+
+    def leave(kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and not issubclass(kind, Exception):
+            return
+        from jinja2 import TemplateError
+
+        try:
+            page.write(folder)
+        except (TemplateError, *_NO_REPORT) as error:  # what was trained is saved, and counts more than a page about it
+            message = f"report.html was not written ({type(error).__name__}: {error})"
+            _warn(sink, f"{message}; `detour report {folder}` makes it, once that is put right")
+
+    return leave
 
 
 def _claim(stack: ExitStack, folder: Path) -> None:
@@ -180,8 +207,10 @@ def _resume(run: Run, snapshot: checkpoint.Snapshot) -> Progress:
         message = "something has changed since the checkpoint: the run goes on, but not bit for bit as it would have"
         run.sink.emit(WarningEvent(step=snapshot.step, message=message, details=changes))
     run.restore(snapshot)
-    state: dict[str, Any] = snapshot.state["progress"]
-    return Progress(**state)
+    progress = Progress(**snapshot.state["progress"])
+    if snapshot.state["facts"].get(HELD_OUT) != run.facts.get(HELD_OUT):
+        progress.held_out = []  # losses of other pictures, or of other noise
+    return progress
 
 
 def _warn(sink: Sink, message: str) -> None:
