@@ -91,7 +91,12 @@ def loads(data):
         validation.pop("validate_every" if not validation.get("holdout") else "dataset", None)
         for name in ("include", "exclude"):
             process.get("network", {}).pop(name, None)
-        process["datasets"] = [*process.get("datasets", []), {"folder_path": "x"}]
+        if process["type"] == "train":
+            process["datasets"] = [*process.get("datasets", []), {"folder_path": "x"}]
+        else:
+            process["network"] = {}
+            process["model"].pop("assistant_lora_path", None)
+            process.get("adapter", {}).pop("stop", None)
     try:
         return Job.model_validate(data)
     except ValidationError:

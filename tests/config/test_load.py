@@ -161,7 +161,7 @@ def test_anchors_and_merges(write):
         ("steps: 100", "optimizer_params: {betas: [a]}", "betas[0]: expected a number, found the text 'a'"),
         ("output_name: cat", "output_name: 7", "expected text, found the number 7; put it in quotes"),
         ("output_name: cat", 'output_name: ""', "job.yaml:2: config.output_name: must not be empty"),
-        ("type: train", "type: trian", "job.yaml:4: type: 'trian' is not one of train; did you mean 'train'?"),
+        ("type: train", "type: trian", "job.yaml:4: type: 'trian' is not one of train, adapter; did you mean 'train'?"),
         ("type: train", "type: train\n      device: gpu", "'gpu' does not fit; allowed: auto, cpu, mps, cuda[:N]"),
         ("type: train", "type: train\n      network: {linear: -4}", "network.linear: must be at least 1, found"),
         ("type: train", "type: train\n      network: {rank: 4}", "unknown option; here it is network.linear"),

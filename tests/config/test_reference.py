@@ -22,7 +22,8 @@ def errors(value, schema, whole, where="$"):
     """A small JSON Schema validator: the keywords that the schema of job files uses."""
     if "$ref" in schema:
         yield from errors(value, whole["$defs"][schema["$ref"].rpartition("/")[2]], whole, where)
-    if "anyOf" in schema and all(list(errors(value, part, whole, where)) for part in schema["anyOf"]):
+    forms = schema.get("anyOf", []) + schema.get("oneOf", [])
+    if forms and all(list(errors(value, part, whole, where)) for part in forms):
         yield f"{where}: none of the forms"
     if "enum" in schema and value not in schema["enum"]:
         yield f"{where}: {value!r} not in {schema['enum']}"

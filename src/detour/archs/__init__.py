@@ -8,10 +8,12 @@ from __future__ import annotations
 from dataclasses import asdict
 from difflib import get_close_matches
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, cast, get_args
+from typing import TYPE_CHECKING, Any, TypeVar, cast, get_args
 
 from detour import UserError
-from detour.config.job import ModelArch, TrainProcess
+from detour.archs import own_pictures
+from detour.config.job import AdapterProcess, ModelArch, Process, TrainProcess
+from detour.config.preserve import PLAIN, strategy_terms
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from detour.archs.base import Arch, ArchSpec, Control, Variant
     from detour.config.job import DatasetConfig
 
+_AnyProcess = TypeVar("_AnyProcess", bound=Process)
 _MODULES: dict[ModelArch, str] = {
     "sd3": "detour.archs.sd3",
     "auraflow": "detour.archs.auraflow",
@@ -97,7 +100,7 @@ def table() -> list[dict[str, Any]]:
     return rows
 
 
-def variant_of(process: TrainProcess) -> tuple[str, Variant]:
+def variant_of(process: Process) -> tuple[str, Variant]:
     """The variant that a process trains, with its name: the one named, that of the repository, or the default."""
     facts, model = spec(process.model.arch), process.model
     if model.variant is not None:
@@ -111,8 +114,32 @@ def variant_of(process: TrainProcess) -> tuple[str, Variant]:
     return facts.default_variant, facts.default
 
 
-def resolve(process: TrainProcess) -> TrainProcess:
+def drawn_variant(process: TrainProcess) -> tuple[str, Variant]:
+    """The variant that pictures are drawn with, with its name: the trained one's, or that of `preserve.deploy_on`."""
+    place = process.preserve.deploy_on
+    if place is None:
+        return variant_of(process)
+    facts = spec(process.model.arch)
+    known = [(name, variant) for name, variant in facts.variants.items() if variant.repo == place]
+    distilled = [(name, variant) for name, variant in facts.variants.items() if variant.distilled]
+    if not (known or distilled):
+        raise UserError(f"preserve.deploy_on: {facts.title} has no distilled variant to draw with; leave it out")
+    return (known or distilled)[0]
+
+
+def resolve(process: _AnyProcess) -> _AnyProcess:
     """The process with every default visible: what the file leaves open is taken from the architecture's variant."""
+    if isinstance(process, TrainProcess):
+        return process.model_copy(update=_resolved(process))
+    facts, (name, variant) = spec(process.model.arch), variant_of(process)
+    own = own_pictures.resolved(process, facts, name, variant)
+    sections = _resolved(process.training())
+    shared = {name: sections[name] for name in type(process).model_fields if name in sections}
+    return process.model_copy(update=shared | {"adapter": own})
+
+
+def _resolved(process: TrainProcess) -> dict[str, object]:
+    """The sections in which something is filled in."""
     facts = spec(process.model.arch)
     name, variant = variant_of(process)
     kind = "flowmatch" if facts.objective == "flow" else "ddpm"
@@ -125,7 +152,8 @@ def resolve(process: TrainProcess) -> TrainProcess:
             )
     _check_times(process, facts)
     _check_frames(process, facts)
-    _check_guidance(process, f"{facts.title} {name}", variant)
+    drawn_name, drawn = drawn_variant(process)
+    _check_guidance(process, f"{facts.title} {drawn_name}", drawn)
     _check_controls(process, facts)
     held = process.validation.dataset
     saves = process.save.save_every or (None if process.train.save_every_n_epochs else 250)
@@ -151,16 +179,15 @@ def resolve(process: TrainProcess) -> TrainProcess:
         "network": {"linear_alpha": process.network.linear_alpha or float(process.network.linear)},
         "sample": {
             "sampler": kind,
-            "sample_steps": process.sample.sample_steps or variant.steps,
-            "guidance_scale": process.sample.guidance_scale or variant.guidance,
+            "sample_steps": process.sample.sample_steps or drawn.steps,
+            "guidance_scale": process.sample.guidance_scale or drawn.guidance,
             "fps": process.sample.fps or facts.fps,
         },
         "save": {"save_every": saves},
         "validation": {"dataset": held and _with_rate(held, facts)},
     }
     sections = {section: getattr(process, section).model_copy(update=values) for section, values in updates.items()}
-    sections["datasets"] = [_with_rate(dataset, facts) for dataset in process.datasets]
-    return process.model_copy(update=sections)
+    return sections | {"datasets": [_with_rate(dataset, facts) for dataset in process.datasets]}
 
 
 def _with_rate(dataset: DatasetConfig, facts: ArchSpec) -> DatasetConfig:
@@ -243,13 +270,17 @@ def check_variant(facts: ArchSpec, name: str, config: Mapping[str, object]) -> N
     raise UserError(f"this model is not {facts.title} {name} ({', '.join(wrong)}){hint}")
 
 
-def advice(process: TrainProcess) -> list[str]:
+def advice(process: Process) -> list[str]:
     """Warnings about settings that are obeyed but seldom meant. For a resolved process."""
-    name, variant = variant_of(process)
-    title, adapter = f"{spec(process.model.arch).title} {name}", process.model.assistant_lora_path
-    guidance = process.sample.guidance_scale or 1.0
+    if isinstance(process, AdapterProcess):
+        name, variant = variant_of(process)
+        return own_pictures.advice(f"{spec(process.model.arch).title} {name}", variant)
+    (name, variant), (drawn_name, drawn) = variant_of(process), drawn_variant(process)
+    family, adapter = spec(process.model.arch).title, process.model.assistant_lora_path
+    title, guidance = f"{family} {name}", process.sample.guidance_scale or 1.0
+    plain = strategy_terms(process.preserve) == [PLAIN] and process.preserve.distill_patch is None
     found: list[str] = []
-    if variant.distilled and adapter is None:
+    if variant.distilled and adapter is None and plain:
         usual = f" (its users take {variant.adapter})" if variant.adapter else ""
         found.append(
             f"{title} is distilled and is trained without a training adapter: it will lose its {variant.steps}-step "
@@ -257,6 +288,8 @@ def advice(process: TrainProcess) -> list[str]:
         )
     if not variant.distilled and adapter is not None:
         found.append(f"model.assistant_lora_path is set, but {title} is not distilled and needs no training adapter")
-    if variant.distilled and guidance > 1:
-        found.append(f"sample.guidance_scale is {guidance:g}; {title} is meant to be sampled with 1 (none)")
+    if drawn.distilled and guidance > 1:
+        found.append(
+            f"sample.guidance_scale is {guidance:g}; {family} {drawn_name} is meant to be sampled with 1 (none)"
+        )
     return found

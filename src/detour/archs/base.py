@@ -94,7 +94,6 @@ class Variant:
     """Most tokens of a prompt, where they are others than the architecture's."""
     fixed_guidance: bool = False
     """It has no guidance of any kind: a number other than `guidance` would be passed over in silence, so is refused."""
-
     modelspec: str | None = None
     """Architecture id in metadata, where it is another than the architecture's."""
     licence: str | None = None
@@ -182,6 +181,9 @@ class ArchSpec:
     """Components that a single file in the original layout may hold besides the denoiser."""
     options: Mapping[str, object] = field(default_factory=dict)
     """Settings in a model's `model_index.json` that decide how prompts are embedded, as they are where it has none."""
+    picture_tokens: str = ""
+    """The tensor of a prompt's condition before which a picture's own tokens stand (`nn.picture_tokens`), for models
+    whose text encoder's config says `picture_tokens`. Empty: no model of the architecture reads pictures."""
     timestep_types: tuple[TimestepType, ...] = field(
         default=(
             "sigmoid", "weighted", "linear", "shift", "lognorm_blend", "next_sample",

@@ -92,6 +92,7 @@ SPEC = ArchSpec(
     diffusers_loader="ZImageLoraLoaderMixin",
     diffusers_kinds=("lora", "dora", "lokr"),
     diffusers_guidance_offset=1.0,
+    picture_tokens="tokens_LD",  # the trained miniature; the published models have no encoder of pictures
 )
 
 

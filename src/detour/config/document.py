@@ -2,7 +2,7 @@
 
 YAML 1.2: `no` and `on` are text, `1e-4` is a number, `2024-01-01` is text. Only mappings, lists and plain scalars
 exist: a tag such as `!!python/object` is a mistake, not a constructor. The parser takes 45 ms to import, so that is
-done inside `_compose`.
+done inside `compose`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ Key = tuple[str | int, ...]
 # small file stand for a huge one, hence the second limit.
 MAX_BYTES = 512 * 1024
 MAX_VALUES = 50_000
+
+_HALF = re.compile("[\ud800-\udfff]")
+"""Halves of characters (surrogates): YAML can write one alone (`"\\ud800"`), and no file can hold it."""
 
 _TAG = "tag:yaml.org,2002:"
 _TEXT_TAGS = {_TAG + kind for kind in ("str", "timestamp", "value", "merge")}
@@ -51,6 +54,8 @@ class Mistake:
     place: str
     option: str
     what: str
+    key: Key = field(default=(), compare=False)
+    """Where it stands in the file, for forms."""
 
     def __str__(self) -> str:
         option = "" if self.what.startswith(self.option) else self.option
@@ -103,7 +108,7 @@ class Document:
             return (int(line) if line.isdigit() else 0), place
 
         found = [
-            Mistake(self.place(problem.key), self.option(problem.key), problem.what)
+            Mistake(self.place(problem.key), self.option(problem.key), problem.what, problem.key)
             for problem in sorted(problems, key=order)
         ]
         return list(dict.fromkeys(found))
@@ -121,7 +126,11 @@ def read(path: Path) -> Document:
 
 def parse(text: str, name: str) -> Document:
     """What `read` does, for text that is at hand. `name` stands before the lines in messages."""
-    node = _compose(text, name)
+    return document_of(compose(text, name), text, name)
+
+
+def document_of(node: Node | None, text: str, name: str) -> Document:
+    """The values of a tree of nodes."""
     if node is None:
         raise UserError(f"{name}: the file is empty; a job file begins with 'config:' (examples/ has ready ones)")
     builder = _Builder(name)
@@ -129,6 +138,17 @@ def parse(text: str, name: str) -> Document:
     if not isinstance(data, dict):
         raise UserError(f"{name}:1: a job file is a mapping that begins with 'config:', found {found(data)}")
     return Document(name, text, data, builder.lines, builder.problems)
+
+
+def has_half_characters(text: str) -> bool:
+    """Whether a text cannot be written to a file."""
+    return not text.isascii() and _HALF.search(text) is not None
+
+
+def check_size(text: str, name: str) -> None:
+    """Refuse a text that is no job file but something far larger."""
+    if (size := len(text.encode(errors="surrogatepass"))) > MAX_BYTES:
+        raise UserError(f"{name}: {size} bytes are too many for a job file (at most {MAX_BYTES})")
 
 
 def found(value: object) -> str:
@@ -166,7 +186,7 @@ def _read_text(path: Path) -> str:
         raise UserError(f"{path}:{line}: is not UTF-8 text (byte 0x{raw[error.start]:02x}); save it as UTF-8") from None
 
 
-def _compose(text: str, name: str) -> Node | None:
+def compose(text: str, name: str) -> Node | None:
     """The tree of nodes. A file with broken syntax has one mistake: the parser cannot go on behind it."""
     from ruamel.yaml import YAML
     from ruamel.yaml.error import MarkedYAMLError, YAMLError
@@ -265,6 +285,9 @@ class _Builder:
                 continue
             name = name_node.value
             place = (*key, name)
+            if has_half_characters(name):
+                self.problems.append(Problem(key, f"a name holds half a character (line {line})"))
+                continue
             if name in own:
                 self.problems.append(Problem(place, f"given twice (lines {own[name]} and {line}); keep one"))
             own.setdefault(name, line)
@@ -284,6 +307,9 @@ class _Builder:
             case "float":
                 return float(text.replace("_", "").lower().replace(".inf", "inf").replace(".nan", "nan"))
             case _:
+                if has_half_characters(text):
+                    self.problems.append(Problem(key, "the text holds half a character; write the whole one"))
+                    return None
                 return text
 
     def _integer(self, text: str, key: Key) -> int | None:
@@ -323,7 +349,7 @@ def apply_override(document: Document, override: str) -> None:
 def _override_value(text: str, override: str) -> object:
     builder = _Builder(f"--set {override}")
     try:
-        node = _compose(text, f"--set {override}")
+        node = compose(text, f"--set {override}")
     except JobError as error:
         raise UserError(f"--set {override}: the value is {error.mistakes[0].what}; or put it in quotes") from None
     value = None if node is None else builder.build(node)

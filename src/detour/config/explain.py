@@ -121,8 +121,8 @@ def options_of(section: type[Section]) -> list[str]:
     return list(section.model_fields)
 
 
-def all_options() -> dict[str, list[str]]:
-    """Every option's name -> where it lives, from the process down (`lr` -> `train.lr`)."""
+def all_options(kinds: Iterable[type[Section]]) -> dict[str, list[str]]:
+    """Name of every option of these processes -> where it lives, from the process down (`lr` -> `train.lr`)."""
     places: dict[str, list[str]] = {}
 
     def walk(section: type[Section], above: str) -> None:
@@ -131,9 +131,16 @@ def all_options() -> dict[str, list[str]]:
             for inner in sections_in(option.annotation):
                 walk(inner, f"{above}{name}.")
 
-    for process in sections_in(annotation_at(PROCESS)):
+    for process in kinds:
         walk(process, "")
     return places
+
+
+def kinds_of_process(key: Key, data: dict[str, Any]) -> list[type[Section]]:
+    """The kinds of process that the one around a place may be: the one that its `type` says, else all."""
+    kinds = list(sections_in(annotation_at(PROCESS)))
+    said = lookup(data, (*key[: len(PROCESS)], "type"))
+    return [kind for kind in kinds if said in get_args(kind.model_fields["type"].annotation)] or kinds
 
 
 def sections_in(annotation: object) -> Iterator[type[Section]]:
@@ -234,9 +241,10 @@ def _wrong_type(details: list[ErrorDetails], value: object) -> str:
 
 def _unknown(key: Key, data: dict[str, Any]) -> str:
     """The message for an option that does not exist: what was meant, or where it belongs, or what there is."""
-    name = str(key[-1])
-    known = [name for section in sections_in(annotation_at(key[:-1])) for name in options_of(section)]
-    elsewhere = all_options().get(name, [])
+    name, kinds = str(key[-1]), kinds_of_process(key, data)
+    owners = kinds if len(key) == len(PROCESS) + 1 else sections_in(annotation_at(key[:-1]))
+    known = [name for section in owners for name in options_of(section)]
+    elsewhere = all_options(kinds).get(name, [])
     if name in SYNONYMS and not elsewhere:
         return f"unknown option; here it is {SYNONYMS[name]}"
     guess = nearest(name, known)
@@ -301,9 +309,17 @@ def _take_out(data: dict[str, Any], key: Key) -> None:
         name = str(key[-1])
         owners = list(sections_in(annotation_at(key[:-1])))
         if owners and name in owners[0].model_fields and owners[0].model_fields[name].is_required():
-            parent[name] = _stand_in(annotation_at(key))
+            kind = _kind_meant(parent.get(name)) if name == "type" and len(key) == len(PROCESS) + 1 else None
+            parent[name] = kind or _stand_in(annotation_at(key))
         else:
             parent.pop(name, None)
+
+
+def _kind_meant(said: object) -> str | None:
+    """The type of process that was meant, so that its own options are not unknown."""
+    kinds = sections_in(annotation_at(PROCESS))
+    names = [name for kind in kinds for name in get_args(kind.model_fields["type"].annotation)]
+    return nearest(said, names) if isinstance(said, str) else None
 
 
 def _stand_in(annotation: Any) -> Any:  # noqa: ANN401

@@ -11,11 +11,12 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from detour.config.adapter import AdapterConfig, SizeConfig
 from detour.config.controls import ControlsConfig
 from detour.config.data import DatasetConfig
 from detour.config.model import ModelConfig, NetworkConfig
 from detour.config.outputs import LoggingConfig, PromptConfig, SampleConfig, SaveConfig, ValidationConfig
-from detour.config.preserve import PreserveConfig, strategy_terms
+from detour.config.preserve import DriftConfig, PreserveConfig, strategy_terms
 from detour.config.section import (
     QTYPE_ALIASES,
     ComputeType,
@@ -29,10 +30,14 @@ from detour.config.section import (
 from detour.config.training import EmaConfig, TrainConfig
 
 __all__ = [
-    "QTYPE_ALIASES", "ComputeType", "ControlsConfig", "DType", "DatasetConfig", "EmaConfig", "Job", "JobConfig",
-    "LoggingConfig", "ModelArch", "ModelConfig", "NetworkConfig", "OptimizerName", "PromptConfig", "QType",
-    "SampleConfig", "SaveConfig", "Section", "TimestepType", "TrainConfig", "TrainProcess", "ValidationConfig",
+    "QTYPE_ALIASES", "AdapterConfig", "AdapterProcess", "ComputeType", "ControlsConfig", "DType", "DatasetConfig",
+    "EmaConfig", "Job", "JobConfig", "LoggingConfig", "ModelArch", "ModelConfig", "NetworkConfig", "OptimizerName",
+    "Process", "PromptConfig", "QType", "SampleConfig", "SaveConfig", "Section", "SizeConfig", "TimestepType",
+    "TrainConfig", "TrainProcess", "ValidationConfig",
 ]  # fmt: skip
+
+ADAPTER_LR, ADAPTER_STEPS = 1e-5, 10_000
+"""What making a training adapter takes where the job says nothing."""
 
 
 class TrainProcess(Section):
@@ -75,7 +80,8 @@ class TrainProcess(Section):
         terms = strategy_terms(self.preserve)
         if any(term.target == "average" for term in terms) and not self.train.ema_config.use_ema:
             raise ValueError("preserve: a term with target: average needs train.ema_config.use_ema: true")
-        if self.network.type == "full" and any(term.target in ("frozen", "average", "path") for term in terms):
+        apart = self.preserve.deploy_on is not None
+        if self.network.type == "full" and (apart or any(term.target not in ("data", "contrast") for term in terms)):
             raise ValueError(
                 "preserve: network.type: full changes the weights that the untouched model is made of; train an adapter"
             )
@@ -99,7 +105,90 @@ class TrainProcess(Section):
         return self.datasets
 
 
-Process = TrainProcess  # a union, told apart by `type`, once there are more
+class AdapterProcess(Section):
+    """Makes a training adapter: a distilled model draws pictures, and a LoRA learns from them until the model with it
+    is an ordinary one. docs/adapter.md tells how."""
+
+    type: Literal["adapter"]
+    """What this process does."""
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
+    """`auto` takes the first CUDA card, else Apple's, else the processor."""
+    model: ModelConfig
+    adapter: AdapterConfig = AdapterConfig()
+    train: TrainConfig = TrainConfig(lr=ADAPTER_LR, steps=ADAPTER_STEPS)
+    """As for `type: train`, but with an `lr` of 1e-5 and at most 10000 `steps` where they are not given."""
+    network: NetworkConfig = NetworkConfig()
+    sample: SampleConfig = SampleConfig()
+    save: SaveConfig = SaveConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _slower(cls, data: object) -> object:
+        """Other defaults than training's: the adapter must follow the pictures' mean, not single ones."""
+        if isinstance(data, dict) and isinstance(train := data.get("train", {}), dict):
+            steps = {} if "epochs" in train else {"steps": ADAPTER_STEPS}
+            return data | {"train": {"lr": ADAPTER_LR, **steps, **train}}
+        return data
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        train, network = self.train, self.network
+        if train.dataset_folder is not None:
+            raise ValueError("train.dataset_folder: the model draws the pictures itself (adapter.prompts); take it out")
+        if train.epochs is not None:
+            raise ValueError("train.epochs: give train.steps, the limit; adapter.stop says when it is done")
+        if train.train_text_encoder:
+            raise ValueError("train.train_text_encoder: a training adapter is for the denoiser alone; take it out")
+        if train.lr == 0:
+            raise ValueError("train.lr must be above 0, or nothing would be learnt")
+        if train.timestep_type == "next_sample":
+            raise ValueError("train.timestep_type: next_sample rehearses few steps, which an adapter is to undo")
+        if network.type != "lora":
+            raise ValueError(f"network.type: {network.type}: a training adapter is a plain LoRA for all who read it")
+        if network.linear_alpha not in (None, network.linear):
+            raise ValueError("network.linear_alpha: files of training adapters hold no alpha; take it out")
+        if self.model.assistant_lora_path is not None:
+            raise ValueError(
+                "model.assistant_lora_path: the pictures must come from the distilled model as it is; take it out "
+                "(network.pretrained_lora_path goes on from an adapter)"
+            )
+        return self
+
+    def training(self) -> TrainProcess:
+        """The training on those pictures, which is one like any other. Its dataset stands for what is yet drawn."""
+        chosen, stop = self.adapter, self.adapter.stop
+        sides = [max(size.width, size.height) for size in chosen.sizes] or [max(self.sample.width, self.sample.height)]
+        dataset = DatasetConfig(
+            folder_path=Path("pictures"),
+            resolution=sides,
+            num_frames=chosen.num_frames,
+            caption_dropout_rate=chosen.caption_dropout_rate,
+        )
+        checks = ValidationConfig(
+            validate_every=stop.every,
+            holdout=stop.held_out / chosen.pictures,
+            times=stop.times,
+            max_images=stop.held_out,
+        )
+        return TrainProcess(
+            type="train",
+            device=self.device,
+            model=self.model,
+            train=self.train,
+            network=self.network,
+            datasets=[dataset],
+            sample=self.sample,
+            save=self.save,
+            validation=checks,
+            logging=self.logging,
+            preserve=PreserveConfig(
+                strategy="none", drift=DriftConfig(measure=True, every=stop.every, long_steps=chosen.long_steps)
+            ),
+        )
+
+
+Process = TrainProcess | AdapterProcess
 
 
 class JobConfig(Section):
@@ -109,7 +198,7 @@ class JobConfig(Section):
     """Name of the run, its folder and its LoRA."""
     output_folder: Path = Path("output")
     """Folder that holds the run's folder."""
-    process: Annotated[list[Process], Field(min_length=1)]
+    process: Annotated[list[Annotated[Process, Field(discriminator="type")]], Field(min_length=1)]
     """What is done, in order."""
 
 

@@ -158,7 +158,7 @@ def _inner(option: dict[str, Any]) -> list[str]:
 
 def _row(name: str, option: dict[str, Any], required: bool) -> str:
     default = "required" if required else _default(option)
-    return f"| `{name}` | {_allowed(option)} | {default} | {_flat(option.get('description', ''))} |"
+    return f"| `{name}` | {allowed(option)} | {default} | {_flat(option.get('description', ''))} |"
 
 
 def _flat(text: str) -> str:
@@ -172,18 +172,18 @@ def _default(option: dict[str, Any]) -> str:
     return f"`{value if isinstance(value, str) else json.dumps(value)}`" if value != "" else "empty"
 
 
-def _allowed(option: dict[str, Any]) -> str:
+def allowed(option: dict[str, Any]) -> str:
     """What may stand there, in words."""
     if "enum" in option or "const" in option:
         return ", ".join(f"`{name}`" for name in option.get("enum", [option.get("const")]))
     if "$ref" in option:
         return "section"
     if forms := option.get("anyOf") or option.get("oneOf"):
-        parts = [_allowed(part) for part in forms if part.get("type") != "null"]
+        parts = [allowed(part) for part in forms if part.get("type") != "null"]
         return " or ".join(dict.fromkeys(parts))
     kind = option.get("type")
     if kind == "array":
-        return f"list of: {_allowed(option.get('items', {}))}"
+        return f"list of: {allowed(option.get('items', {}))}"
     words = {"integer": "whole number", "number": "number", "boolean": "`true`, `false`", "object": "section"}
     text = "path" if option.get("format") == "path" else words.get(str(kind), "text")
     if "pattern" in option:
