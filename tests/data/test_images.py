@@ -332,8 +332,13 @@ def test_a_picture_that_changed_since_the_check_is_refused(tmp_path):
         images.pixels(tmp_path / "a.png", sha, [whole((64, 48))])
 
 
-@pytest.mark.parametrize("name", ["coffee.png", "chelsea.png", "rocket.jpg", "camera.png"])
-def test_detail_tells_photographs_from_blurred_ones(tmp_path, name):
+def sharpness(folder, picture, resolution):
+    picture.save(folder / "measured.png")
+    return images.check(folder / "measured.png", Budget(), resolution).sharpness
+
+
+@pytest.mark.parametrize("name", ["coffee.png", "chelsea.png", "rocket.jpg", "camera.png", "moon.png", "brick.png"])
+def test_sharpness_tells_photographs_from_blurred_and_enlarged_ones(tmp_path, name):
     from pathlib import Path
 
     from skimage import data
@@ -341,14 +346,50 @@ def test_detail_tells_photographs_from_blurred_ones(tmp_path, name):
     from detour.data.scan import BLURRED
 
     photograph = Image.open(Path(data.__file__).parent / name).convert("RGB")
-    photograph.save(tmp_path / "a.png")
-    assert images.check(tmp_path / "a.png", Budget(), 512).detail > 2 * BLURRED
-    photograph.resize((photograph.width * 4, photograph.height * 4), Image.Resampling.BICUBIC).save(tmp_path / "b.png")
-    assert images.check(tmp_path / "b.png", Budget(), 2048).detail < 3
-    assert images.check(tmp_path / "b.png", Budget(), 512).detail > BLURRED, "sharp at the size it has"
-    if name != "chelsea.png":  # its JPEG blocks stay visible
-        photograph.filter(ImageFilter.GaussianBlur(3)).save(tmp_path / "c.png")
-        assert images.check(tmp_path / "c.png", Budget(), 512).detail < BLURRED
+    assert sharpness(tmp_path, photograph, 1024) > 1.4 * BLURRED
+    pale = Image.fromarray((np.asarray(photograph) // 4 + 90).astype(np.uint8))
+    assert sharpness(tmp_path, pale, 1024) > BLURRED, "contrast does not matter"
+    for radius in (1.5, 2, 4):
+        assert sharpness(tmp_path, photograph.filter(ImageFilter.GaussianBlur(radius)), 1024) < 0.8 * BLURRED
+    large = photograph.resize((photograph.width * 4, photograph.height * 4), Image.Resampling.BICUBIC)
+    assert sharpness(tmp_path, large, 2048) < 0.8 * BLURRED
+    assert sharpness(tmp_path, large, min(photograph.size)) > BLURRED, "sharp at the size it has"
+
+
+def test_sharpness_where_nothing_is_to_be_seen(tmp_path):
+    assert sharpness(tmp_path, Image.new("RGB", (256, 256), "teal"), 256) == np.inf
+    assert sharpness(tmp_path, noise((63, 256)), 256) == np.inf, "too narrow to tell"
+
+
+def test_the_look_of_a_picture_is_upright_and_flat(tmp_path):
+    picture = Image.new("RGB", (64, 32), "red")
+    picture.paste("blue", (32, 0, 64, 32))
+    picture.save(tmp_path / "a.png")
+    turned = picture.transpose(Image.Transpose.ROTATE_90)  # the camera was held the other way, and wrote down how
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned.save(tmp_path / "b.png", exif=exif)
+    clear = picture.convert("RGBA")
+    clear.putalpha(Image.new("L", picture.size, 0))
+    clear.save(tmp_path / "c.png")
+    looks = [np.frombuffer(checked(tmp_path / f"{name}.png").look, np.uint8).reshape(16, 16, 3) for name in "abc"]
+    assert looks[0][0, 0].tolist() == [255, 0, 0]
+    assert looks[0][0, 15].tolist() == [0, 0, 255]
+    assert (looks[0] == looks[1]).all()
+    assert (looks[2] == 255).all()
+
+
+@pytest.mark.parametrize("save", [{}, {"quality": 95}])
+def test_small_pictures_are_upright_and_close_to_the_whole(tmp_path, save):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = tmp_path / ("a.jpg" if save else "a.png")
+    noise((1200, 800)).filter(ImageFilter.GaussianBlur(20)).save(path, exif=exif, **save)
+    small = images.small(path, 200, Budget())
+    assert small.size == (133, 200)
+    whole_one = images.upright(path).resize((133, 200), Image.Resampling.LANCZOS)
+    assert np.abs(np.asarray(small, int) - np.asarray(whole_one, int)).max() <= 2
+    assert images.small(path, 5000, Budget()).size == (800, 1200), "never enlarged"
 
 
 def test_budget_lets_only_so_many_pixels_through():

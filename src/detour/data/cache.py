@@ -44,15 +44,22 @@ def default_root() -> Path:
 
 
 class Store:
-    """Named tensors under a kind and a key. `damaged` lists the entries that were found damaged, and removed."""
+    """Named tensors under a kind and a key. `damaged` lists the entries that were found damaged, and removed.
 
-    def __init__(self, root: Path) -> None:
+    `latents` is a folder of their own for latents: of pictures that a run has drawn itself, which no other can use.
+    """
+
+    def __init__(self, root: Path, latents: Path | None = None) -> None:
         self.root = root
+        self.latents = latents
         self.damaged: list[Path] = []
 
     def path(self, kind: str, key: str) -> Path:
         """Where an entry lies; 256 subfolders keep folders small."""
-        return self.root / kind / key[:2] / f"{key}.safetensors"
+        return self._folder(kind) / key[:2] / f"{key}.safetensors"
+
+    def _folder(self, kind: str) -> Path:
+        return self.latents if kind == LATENTS and self.latents is not None else self.root / kind
 
     def get(self, kind: str, key: str) -> dict[str, Tensor] | None:
         """The entry, names sorted, or None where there is none.
@@ -69,7 +76,7 @@ class Store:
     def remove_leftovers(self) -> None:
         """Remove unfinished files of processes that were killed while writing."""
         for kind in (LATENTS, MASKS, TEXT, HASHES):
-            for folder in sorted((self.root / kind).glob("??")):
+            for folder in sorted(self._folder(kind).glob("??")):
                 files.remove_stale(folder)
 
     def _read(self, kind: str, key: str) -> bytes | None:

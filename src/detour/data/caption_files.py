@@ -63,6 +63,11 @@ def _text(path: Path) -> str:
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path} cannot be read: {(error.strerror or 'unknown reason').lower()}") from None
+    return decoded(data, path)
+
+
+def decoded(data: bytes, path: Path) -> str:
+    """The text of a caption file that holds these bytes; UserError, which begins with `path`, where it is none."""
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

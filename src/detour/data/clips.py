@@ -138,7 +138,7 @@ def check(path: Path, wanted: int, fps: float | None, *, whole: bool) -> images.
         at = "" if rate is None or fps is None else f" at {fps:g} a second ({len(times)} in the file)"
         advice = "take a longer clip, or lower num_frames"
         raise BadPictureError(f"is too short: it has {found} frames{at}, and num_frames asks for {wanted}; {advice}")
-    return images.Facts(digest, *size, "clip", alpha=False, detail=math.inf, notes=(), frames=found)
+    return images.Facts(digest, *size, "clip", alpha=False, sharpness=math.inf, notes=(), frames=found)
 
 
 def pixels(path: Path, sha256: str, transforms: Sequence[Transform]) -> list[np.ndarray]:

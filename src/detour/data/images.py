@@ -35,6 +35,7 @@ UNREAD_ENDINGS = frozenset({".gif", ".tif", ".tiff", ".heic", ".heif", ".avif", 
 """Pictures that are not read: named to the user, not passed over."""
 MAX_PIXELS = 200_000_000  # the largest telephone cameras give 199.8 million; 600 MB once decoded
 MAX_BYTES = 1 << 30
+LOOK = 16
 RESAMPLE = Image.Resampling.LANCZOS  # Pillow widens its filter when scaling down, so nothing aliases
 
 # Pillow warns above this number and refuses above its double. The limit that counts is ours, checked in `_open`.
@@ -82,11 +83,13 @@ class Facts:
     """The content's format, one of `FORMATS`."""
     alpha: bool
     """Something in it is transparent."""
-    detail: float
-    """Grey levels of detail finer than two pixels, at the size it is trained at; see `_detail`."""
+    sharpness: float
+    """Of its finest detail beside coarser detail, at the size it is trained at: see `_sharpness`."""
     notes: tuple[Note, ...]
     frames: int = 1
     """Of a clip: so many at the rate at which they are taken, as far as that was looked into."""
+    look: bytes = b""
+    """It as `LOOK` x `LOOK` pixels RGB, upright, to compare with others; empty for clips."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +159,7 @@ def check(path: Path, budget: Budget, resolution: int) -> Facts:
     if ENDINGS.get(path.suffix.lower()) != _kind(picture):
         notes.append("ending")
     with budget.hold(width * height):
-        alpha, detail = _decode_fully(picture, resolution)
+        alpha, sharpness, look = _decode_fully(picture, resolution)
     turn = 1
     try:
         turn = _orientation(picture)
@@ -164,8 +167,8 @@ def check(path: Path, budget: Budget, resolution: int) -> Facts:
         notes.append("exif")
     if turn in _SIDEWAYS:
         width, height = height, width
-    digest = hashlib.sha256(data).hexdigest()
-    return Facts(digest, width, height, _kind(picture), alpha, detail, tuple(notes))
+    digest, seen = hashlib.sha256(data).hexdigest(), _upright(look, turn).tobytes()
+    return Facts(digest, width, height, _kind(picture), alpha, sharpness, tuple(notes), look=seen)
 
 
 def check_mask(path: Path, budget: Budget) -> tuple[str, int, int, int]:
@@ -226,6 +229,21 @@ def upright(path: Path) -> Image.Image:
     return _rgb(_read(path), flatten=True)
 
 
+def small(path: Path, side: int, budget: Budget) -> Image.Image:
+    """As `upright`, with no side longer than `side`; JPEGs are decoded only as large as is needed for that."""
+    picture = _open(_read(path))
+    turn, scale = _turn(picture), min(1.0, side / max(picture.size))
+    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    with budget.hold(picture.width * picture.height):
+        try:
+            if isinstance(picture, JpegImageFile):
+                picture.draft(None, size)
+            picture.load()
+        except DECODING as error:
+            raise BadPictureError(_damaged(error)) from None
+        return _upright(_flat(_eight_bits(picture), flatten=True).resize(size, RESAMPLE, reducing_gap=3.0), turn)
+
+
 def require_size(width: int, height: int) -> None:
     """BadPictureError for more pixels than are ever decoded."""
     count = width * height
@@ -250,8 +268,8 @@ def _open(data: bytes) -> ImageFile.ImageFile:
     return picture
 
 
-def _decode_fully(picture: ImageFile.ImageFile, resolution: int) -> tuple[bool, float]:
-    """Decode everything. Is anything transparent, and how much detail is there at that resolution?"""
+def _decode_fully(picture: ImageFile.ImageFile, resolution: int) -> tuple[bool, float, Image.Image]:
+    """Decode everything: is anything transparent, how sharp is it at that resolution, its look (not yet upright)."""
     scale = min(1.0, resolution / math.sqrt(picture.width * picture.height))
     size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
     try:
@@ -259,17 +277,24 @@ def _decode_fully(picture: ImageFile.ImageFile, resolution: int) -> tuple[bool, 
             picture.draft(None, size)
         picture.load()
         alpha = _has_alpha(picture) and picture.convert("RGBA").getchannel("A").getextrema() != (255, 255)
-        return alpha, _detail(_eight_bits(picture).convert("L"), size)
+        even = _eight_bits(picture)
+        return alpha, _sharpness(even.convert("L"), size), _flat(even, alpha).resize((LOOK, LOOK), Image.Resampling.BOX)
     except DECODING as error:
         raise BadPictureError(_damaged(error)) from None
 
 
-def _detail(grey: Image.Image, size: tuple[int, int]) -> float:
-    """How much of a picture, scaled to `size`, is lost when it is halved and doubled again, in grey levels.
+def _sharpness(grey: Image.Image, size: tuple[int, int]) -> float:
+    """How strong the finest detail of a picture is beside coarser detail, when it is scaled to `size`.
 
-    It is the loss (root mean square) in the blocks of 32 x 32 pixels that lose most (95th percentile), in the middle
-    512 x 512. Thirteen photographs gave 3.1 to 33, and 0.7 to 2.7 after a blur of two pixels; infinite where a side is
-    too short to tell.
+    At each of four sizes, each half of the one before, the detail is what gets lost when the picture is halved and
+    doubled again: the root mean square in the blocks of 32 x 32 pixels (of the first size) that lose most (95th
+    percentile), in the middle 512 x 512. A sharp edge has sqrt(2) times as much at each next size, so the finest detail
+    is compared with each of the others by that measure, and the smallest ratio counts. Less than 0.6 grey levels is
+    rounding. Contrast does not matter: twice as much is twice as much at all sizes.
+
+    Twenty photographs gave 0.45 to 1.4, drawn pictures 0.4 and more. After a blur of 1.5 pixels all had at most 0.26,
+    enlarged to four times their size at most 0.31; twice their size gave 0.1 to 0.67, two thirds of them below 0.35.
+    Infinite where a side is too short to tell, or there is nothing to see.
     """
     scaled = grey.resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0)
     w, h = (min(512, side) // 32 * 32 for side in size)
@@ -277,10 +302,18 @@ def _detail(grey: Image.Image, size: tuple[int, int]) -> float:
         return math.inf
     left, top = (size[0] - w) // 2, (size[1] - h) // 2
     part = scaled.crop((left, top, left + w, top + h))
-    again = part.reduce(2).resize((w, h), Image.Resampling.BICUBIC)
-    lost = (np.asarray(part, np.float32) - np.asarray(again, np.float32)) ** 2
-    blocks = lost.reshape(h // 32, 32, w // 32, 32).mean(axis=(1, 3))
-    return float(np.sqrt(np.percentile(blocks, 95)))
+    found: list[float] = []
+    for block in (32, 16, 8, 4):
+        half = part.reduce(2)
+        again = half.resize(part.size, Image.Resampling.BICUBIC)
+        lost = (np.asarray(part, np.float32) - np.asarray(again, np.float32)) ** 2
+        blocks = lost.reshape(lost.shape[0] // block, block, lost.shape[1] // block, block).mean(axis=(1, 3))
+        found.append(float(np.sqrt(np.percentile(blocks, 95))))
+        part = half
+    finest = math.sqrt(max(0.0, found[0] ** 2 - 0.6**2))
+    if max(found[1:]) < 2.0:
+        return math.inf
+    return min(finest * 2 ** (step / 2) / found[step] for step in (1, 2, 3) if found[step] > 0)
 
 
 def _upright(picture: Image.Image, turn: int) -> Image.Image:
@@ -329,12 +362,15 @@ def _has_alpha(picture: Image.Image) -> bool:
 
 def _rgb(data: bytes, flatten: bool) -> Image.Image:
     picture, turn = _loaded(data)
-    if _has_alpha(picture) and flatten:
-        clear = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", clear.size, "white"), clear)
-    elif _has_alpha(picture):
-        picture = picture.convert("RGBA")
-    return _upright(picture.convert("RGB"), turn)
+    return _upright(_flat(picture, flatten), turn)
+
+
+def _flat(picture: Image.Image, flatten: bool) -> Image.Image:
+    """In RGB: transparent parts become white, or the colour below them is used."""
+    if not _has_alpha(picture):
+        return picture.convert("RGB")
+    clear = picture.convert("RGBA")
+    return (Image.alpha_composite(Image.new("RGBA", clear.size, "white"), clear) if flatten else clear).convert("RGB")
 
 
 def _alpha(data: bytes) -> Image.Image:

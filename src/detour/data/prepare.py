@@ -78,6 +78,15 @@ def prepare(
 
     What is in the cache is verified in full. Raises UserError or RefusedError for what the user can put right.
     """
+    lengths = prepare_captions(orders, epochs, prompts, encoders, store, sink)
+    prepare_latents(orders, encoders, store, sink)
+    return lengths
+
+
+def prepare_captions(
+    orders: Sequence[Order], epochs: int, prompts: Iterable[str], encoders: Encoders, store: Store, sink: Sink
+) -> dict[str, int]:
+    """As `prepare`, without the latents."""
     store.remove_leftovers()
     owners: dict[str, list[str]] = defaultdict(list)
     for order in orders:
@@ -87,7 +96,6 @@ def prepare(
     wanted = set(prompts).union(*(order.prompts(range(epochs)) for order in orders))
     lengths = prepare_prompts(sorted(wanted), encoders, store, sink)
     _warn_of_long_prompts(lengths, owners, encoders.arch, sink)
-    prepare_latents(orders, encoders, store, sink)
     return lengths
 
 
@@ -103,7 +111,7 @@ def prepare_prompts(prompts: Sequence[str], encoders: Encoders, store: Store, si
     """Cache the conditions of these prompts; tokens of each (where none are cached: the most there can be)."""
     if not encoders.keys.embedded:
         return dict.fromkeys(prompts, encoders.arch.spec.text_tokens)
-    meter = _Meter(sink, "captions", len(prompts))
+    meter = Meter(sink, "captions", len(prompts))
     lengths: dict[str, int] = {}
     missing: list[str] = []
     damaged = len(store.damaged)
@@ -171,7 +179,7 @@ def prepare_latents(orders: Sequence[Order], encoders: Encoders, store: Store, s
                     wanted[beside][control] = _Missing(LATENTS, control, control_transform(item, config, crop))
                 if source is not None and mask is not None:
                     wanted[*source, config.alpha_mask][mask] = _Missing(MASKS, mask, transform)
-    meter = _Meter(sink, "latents", sum(map(len, wanted.values())))
+    meter = Meter(sink, "latents", sum(map(len, wanted.values())))
     damaged = len(store.damaged)
     missing: list[tuple[tuple[Path, str, bool], _Missing]] = []
     listed = [(source, entry) for source, entries in wanted.items() for entry in entries.values()]
@@ -189,7 +197,7 @@ def prepare_latents(orders: Sequence[Order], encoders: Encoders, store: Store, s
 
 
 def _encode(
-    missing: Sequence[tuple[tuple[Path, str, bool], _Missing]], encoders: Encoders, store: Store, meter: _Meter
+    missing: Sequence[tuple[tuple[Path, str, bool], _Missing]], encoders: Encoders, store: Store, meter: Meter
 ) -> None:
     """Decode in threads, encode one at a time, write in threads. The VAE is loaded if a picture is among them."""
     vae = encoders.load_vae() if any(entry.kind == LATENTS for _, entry in missing) else None
@@ -257,7 +265,7 @@ def _pooled(array: np.ndarray, factor: int) -> Tensor:
 # ---------------------------------------------------------------------------------------------------- helping hands
 
 
-class _Meter:
+class Meter:
     """Tells the sink how far it is: at the start, twice a second, and at the end."""
 
     def __init__(self, sink: Sink, name: str, total: int) -> None:

@@ -21,7 +21,7 @@ from detour.data.captions import PLACEHOLDER
 from detour.data.companions import parallel, stem_of
 
 LISTED = 20  # problems named in an error; the rest is counted
-BLURRED = 1.5  # grey levels, see `images._detail`
+BLURRED = 0.35  # see `images._sharpness`
 Progress = Callable[[int, int], None]
 """Called with the pictures checked so far, and all."""
 
@@ -50,6 +50,8 @@ class Picture:
     """Something in it is transparent."""
     frames: int = 1
     """Of a clip: see `images.Facts`. A clip is called a picture here; its key may be that of a folder of frames."""
+    look: bytes = b""
+    """See `images.Facts`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +191,7 @@ def _picture(draft: _Draft, key: str) -> Picture:
         control_sha256=control[1] if control else None,
         alpha=facts.alpha,
         frames=facts.frames,
+        look=facts.look,
     )
 
 
@@ -418,7 +421,7 @@ def _find_health(draft: _Draft) -> None:
     tiny = [key for key, fact in facts.items() if fact.width * fact.height * 4 < smallest**2]
     sizes = [f"{key} ({facts[key].width} x {facts[key].height})" for key in tiny]
     draft.note(f"pictures with less than a quarter of the pixels of resolution {smallest}", sizes)
-    soft = [key for key, fact in facts.items() if fact.detail < BLURRED]
+    soft = [key for key, fact in facts.items() if fact.sharpness < BLURRED]
     draft.note(f"pictures that seem blurred or enlarged (at resolution {largest} no more to see than at half)", soft)
     if draft.config.alpha_mask:
         opaque = [key for key, fact in facts.items() if not fact.alpha]
