@@ -5,14 +5,13 @@
     python benchmarks/turbo.py report --work work/turbo --docs docs/turbo.md
 
 Every arm trains through the engine, as `detour run` would (`turbo_arms`), on the trained miniature turbo. Its LoRA is
-judged at many steps on prompts of the concept that no picture shows, and on ordinary prompts (`turbo_measure`). Runs and
-judging go on where they were stopped. Two of these may run side by side on one folder: `--part 0/2` and `--part 1/2`.
+judged at many steps on prompts of the concept that no picture shows, and on ordinary prompts (`turbo_measure`). Both go
+on where they were stopped. Two of these may run side by side on one folder: `--part 0/2` and `--part 1/2`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import sys
 import time
@@ -21,12 +20,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from turbo_arms import ARMS, BY_NAME, POINTS, STEPS, Arm, Places, job_for
+from turbo_arms import ARMS, BY_NAME, FULL, QUICK, Arm, Places, job_for
 from turbo_measure import Judge, Way
 
 from detour import files, nano
 from detour.config.job import Job
 from detour.nano import concepts, world
+from detour.nn.quiet import quiet_imports
 from detour.train.control import Control
 from detour.train.session import run_job
 
@@ -70,7 +70,7 @@ def run(places: Places, args: argparse.Namespace) -> None:
     """Train and judge what is not there yet."""
     stop_at = time.monotonic() + 60 * args.minutes
     mine, parts = (int(part) for part in args.part.split("/"))
-    judges = {concept: Judge(places.turbo, concept) for concept in args.concept}
+    judges = {concept: Judge(places.turbo, concept, places.scale) for concept in args.concept}
     controls = [prompt.text for prompt in world.prompts(24, seed=11)]  # not those that are judged
     for index, (concept, arm, seed) in enumerate(planned(args)):
         if index % parts != mine or places.figures(concept, arm.name, seed).is_file():
@@ -95,7 +95,7 @@ def judged(places: Places, judge: Judge, concept: str, arm: Arm, seed: int) -> l
     """The figures of a run at each point; step 0 is the untouched model."""
     found: list[dict[str, object]] = []
     patch = ((places.adapter, -arm.patch),) if arm.patch else ()
-    for step in (0, *POINTS):
+    for step in (0, *places.scale.points):
         loras = () if step == 0 else ((places.lora(concept, arm.name, seed, step), 1.0), *patch)
         found.append({"step": step} | judge.figures(Way(loras=loras)))
     return found
@@ -126,17 +126,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", nargs="*", type=int, default=list(TRAINING_SEEDS))
     parser.add_argument("--minutes", type=float, default=1e9)
     parser.add_argument("--part", default="0/1", help="which of how many processes on this folder")
+    parser.add_argument("--quick", action="store_true", help="two steps, two prompts: to see that it runs")
     parser.add_argument("--docs", type=Path, default=Path("docs/turbo.md"))
     args = parser.parse_args(argv)
-    places = Places(work=args.work.resolve())
-    if args.action == "prepare":
-        prepare(places)
-    elif args.action == "run":
-        run(places, args)
-    else:
-        from turbo_page import report
+    places = Places(work=args.work.resolve(), scale=QUICK if args.quick else FULL)
+    with quiet_imports():
+        if args.action == "prepare":
+            prepare(places)
+        elif args.action == "run":
+            run(places, args)
+        else:
+            from turbo_page import report
 
-        report(places, args.docs)
+            report(places, args.docs)
 
 
 if __name__ == "__main__":

@@ -12,10 +12,34 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 RANK, BATCH, RATE = 16, 4, 1e-3
-STEPS = 1600
-SAVE_EVERY = 50
-POINTS = (50, 100, 150, 200, 300, 400, 600, 800, 1200, 1600)
-"""Steps whose LoRA is judged, besides 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """How much of everything."""
+
+    points: tuple[int, ...]
+    """Steps whose LoRA is judged, besides 0; the last is the end."""
+    save_every: int
+    others: int
+    """Ordinary prompts."""
+    told: int
+    """Prompts of the concept."""
+    seeds: tuple[int, ...]
+    """Where the noises of each drawing begin; picture i of a drawing has the seed plus i."""
+
+    @property
+    def steps(self) -> int:
+        """Of training."""
+        return self.points[-1]
+
+
+FULL = Scale(
+    points=(50, 100, 150, 200, 300, 400, 600, 800, 1200, 1600),
+    save_every=50, others=32, told=24, seeds=(50_000, 60_000, 70_000, 80_000),
+)  # fmt: skip
+QUICK = Scale(points=(1, 2), save_every=1, others=2, told=2, seeds=(50_000, 60_000))
+"""To see that everything runs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +65,7 @@ class Arm:
     """Run for one concept and one training seed only."""
 
 
-def _preserve(strategy: str, **options: Any) -> dict[str, dict[str, Any]]:  # noqa: ANN401  options of a job file
+def _preserve(strategy: str, **options: Any) -> dict[str, dict[str, Any]]:
     return {"preserve": {"strategy": strategy} | options}
 
 
@@ -51,8 +75,14 @@ ARMS = (
     Arm(name="none", what="plain training on the turbo"),
     Arm(name="adapter", what="training adapter, off when drawing", adapter=True),
     Arm(name="base", what="trained on the undistilled base, put on the turbo", on_base=True),
-    Arm(name="anchor", what="predictions on noised pictures held to the untouched model's", changes=_preserve("anchor")),
-    Arm(name="prior_anchor", what="held to the untouched model on own few-step states", changes=_preserve("prior_anchor")),
+    Arm(
+        name="anchor", what="predictions on noised pictures held to the untouched model's", changes=_preserve("anchor")
+    ),
+    Arm(
+        name="prior_anchor",
+        what="held to the untouched model on own few-step states",
+        changes=_preserve("prior_anchor"),
+    ),
     Arm(name="grid_sft", what="the sampler's times only, with an anchor", changes=_preserve("grid_sft")),
     Arm(name="contrastive", what="pushed away from the uncaptioned prediction", changes=_preserve("contrastive")),
     Arm(
@@ -78,6 +108,7 @@ class Places:
     """Where the experiment keeps what it needs."""
 
     work: Path
+    scale: Scale = FULL
 
     @property
     def base(self) -> Path:
@@ -106,7 +137,7 @@ class Places:
         """The LoRA of a step."""
         folder = self.run(concept, arm, seed)
         last = folder / f"{folder.name}.safetensors"
-        return last if step == STEPS else folder / f"{folder.name}-{step:09d}.safetensors"
+        return last if step == self.scale.steps else folder / f"{folder.name}-{step:09d}.safetensors"
 
     def figures(self, concept: str, arm: str, seed: int) -> Path:
         """What was measured of a run."""
@@ -122,11 +153,12 @@ def job_for(places: Places, concept: str, arm: Arm, seed: int, controls: list[st
             "name_or_path": str(places.base if arm.on_base else places.turbo),
         },
         "train": {
-            "steps": STEPS, "batch_size": BATCH, "lr": RATE, "seed": seed, "dtype": "fp32", "timestep_type": "sigmoid",
-            "gradient_checkpointing": False, "num_workers": 0, "cache_folder": str(places.work / "cache"),
+            "steps": places.scale.steps, "batch_size": BATCH, "lr": RATE, "seed": seed, "dtype": "fp32",
+            "timestep_type": "sigmoid", "gradient_checkpointing": False, "num_workers": 0,
+            "cache_folder": str(places.work / "cache"),
         },
         "network": {"type": "lora", "linear": RANK},
-        "save": {"save_every": SAVE_EVERY, "max_step_saves_to_keep": 1000, "dtype": "fp32"},
+        "save": {"save_every": places.scale.save_every, "max_step_saves_to_keep": 1000, "dtype": "fp32"},
         "sample": {"disable_sampling": True, "width": 128, "height": 128},
         "preserve": {"prompts": controls},
     }  # fmt: skip

@@ -23,12 +23,11 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+    from turbo_arms import Scale
+
     from detour.nano.world import Pictures, Prompt
 
-SEEDS = (50_000, 60_000, 70_000, 80_000)
-"""Where the noises of each drawing begin; picture i of a drawing has the seed plus i."""
 FEW, MANY = 8, 32
-CONCEPT_PROMPTS, OTHER_PROMPTS = 24, 32
 KEPT = ("strict", "clean", "sharpness", "mud", "present", *world.ATTRIBUTES)
 
 
@@ -47,8 +46,7 @@ class Judge:
 
     model: Path
     concept: str
-    others: int = OTHER_PROMPTS
-    seeds: Sequence[int] = SEEDS
+    scale: Scale
     _before: dict[tuple[int, float], list[Pictures]] = field(default_factory=dict)
 
     @cached_property
@@ -59,12 +57,12 @@ class Judge:
     @cached_property
     def other_prompts(self) -> list[Prompt]:
         """Ordinary prompts that nobody trains, everything stated."""
-        return world.prompts(self.others, seed=7)
+        return world.prompts(self.scale.others, seed=7)
 
     @cached_property
     def concept_prompts(self) -> list[Prompt]:
         """Prompts for the concept that no training picture shows."""
-        return concepts.prompts(self.concept, CONCEPT_PROMPTS, seed=7)
+        return concepts.prompts(self.concept, self.scale.told, seed=7)
 
     def with_loras(self, loras: Sequence[tuple[Path, float]]) -> miniature.Miniature:
         """The model with LoRAs added to its weights."""
@@ -81,35 +79,33 @@ class Judge:
     def figures(self, way: Way, *, many: bool = True) -> dict[str, object]:
         """Everything about a way to draw: on the concept's prompts, on others, and how far others have moved."""
         model = self.with_loras(way.loras)
-        told = self._drawings(model, self.concept_prompts, way, self.seeds)
-        others = self._drawings(model, self.other_prompts, way, self.seeds)
+        told = self._drawings(model, self.concept_prompts, way, self.scale.seeds)
+        others = self._drawings(model, self.other_prompts, way, self.scale.seeds)
         before = self.before(way)
+        of_concept, of_others = self._scores(told, self.concept_prompts), self._scores(others, self.other_prompts)
         found: dict[str, object] = {
-            "concept": _judged(told, self.concept_prompts),
-            "concept_by_seed": [float(judge.score(p, self.concept_prompts).strict_N.mean()) for p in told],
-            "other": _judged(others, self.other_prompts),
-            "other_strict": [
-                [int(ok) for ok in judge.score(pictures, self.other_prompts).strict_N] for pictures in others
-            ],
+            "concept": _summary(of_concept),
+            "other": _summary(of_others),
+            "other_strict": of_others.strict_N.astype(int).reshape(len(others), -1).tolist(),
             "drift": [[round(float(d), 5) for d in judge.drift(a, b)] for a, b in zip(others, before, strict=True)],
-            "leak": float(
-                np.mean([s == self.concept for p in others for s in judge.score(p, self.other_prompts).shows])
-            ),
+            "leak": float(np.mean([shown == self.concept for shown in of_others.shows])),
             "diversity": judge.diversity(np.clip(np.stack(told, axis=1), 0, 1)),
         }
         if many:
             long = replace(way, steps=MANY)
-            found["other_many"] = _judged(
-                self._drawings(model, self.other_prompts, long, self.seeds[:1]), self.other_prompts
-            )
+            drawn = self._drawings(model, self.other_prompts, long, self.scale.seeds[:1])
+            found["other_many"] = _summary(self._scores(drawn, self.other_prompts))
         return found
+
+    def _scores(self, drawings: Sequence[Pictures], prompts: Sequence[Prompt]) -> judge.Scores:
+        return judge.score(np.concatenate(drawings), list(prompts) * len(drawings))
 
     def before(self, way: Way) -> list[Pictures]:
         """What the untouched model draws for the other prompts, few steps, no guidance: what every way is held to."""
         key = (FEW, 1.0)
         if key not in self._before:
             plain = Way()
-            self._before[key] = self._drawings(self.with_loras(()), self.other_prompts, plain, self.seeds)
+            self._before[key] = self._drawings(self.with_loras(()), self.other_prompts, plain, self.scale.seeds)
         return self._before[key]
 
     def _drawings(
@@ -120,7 +116,7 @@ class Judge:
         return [np.clip(pictures, 0, 1) for pictures in every]
 
 
-def _judged(drawings: Sequence[Pictures], prompts: Sequence[Prompt]) -> dict[str, float]:
-    """The judge's means over all drawings."""
-    summary = judge.score(np.concatenate(drawings), list(prompts) * len(drawings)).summary()
+def _summary(scores: judge.Scores) -> dict[str, float]:
+    """The judge's means."""
+    summary = scores.summary()
     return {name: round(summary[name], 4) for name in KEPT if name in summary}

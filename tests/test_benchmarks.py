@@ -31,8 +31,9 @@ def run(program: str, folder: Path, *arguments: str) -> tuple[dict, str, str]:
 
 
 def test_each_program_is_run_by_a_test_and_named_in_the_page():
-    programs = {path.name for path in (ROOT / "benchmarks").glob("*.py")} - {"common.py", "plain.py"}
-    assert programs == {"archs.py", "startup.py", "step.py"}
+    parts = {"common.py", "plain.py", "turbo_arms.py", "turbo_measure.py", "turbo_page.py"}
+    programs = {path.name for path in (ROOT / "benchmarks").glob("*.py")} - parts
+    assert programs == {"archs.py", "startup.py", "step.py", "turbo.py"}
     page = PAGE.read_text(encoding="utf-8")
     assert all(f"benchmarks/{program}" in page for program in programs)
 
@@ -87,3 +88,33 @@ def test_tables_are_replaced_and_nothing_around_them(tmp_path):
     page.write_text("before\n<!-- step -->\nold\n<!-- end of step -->\nafter\n", encoding="utf-8")
     write_docs(page, "step", "new\n\n")
     assert page.read_text(encoding="utf-8") == "before\n<!-- step -->\nnew\n<!-- end of step -->\nafter\n"
+
+
+@pytest.mark.slow
+def test_turbo(tmp_path):
+    """The whole experiment with two steps and two prompts: prepared, run, left alone the second time, reported."""
+    page = tmp_path / "docs" / "turbo.md"
+    page.parent.mkdir()
+    (page.parent / "img").mkdir()
+    page.write_text((ROOT / "docs" / "turbo.md").read_text(encoding="utf-8"), encoding="utf-8")
+
+    def turbo(action: str, *options: str) -> str:
+        command = [sys.executable, str(ROOT / "benchmarks" / "turbo.py"), action, "--work", str(tmp_path / "work")]
+        done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=600, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    turbo("prepare")
+    arms = ("none", "adapter", "prior_anchor", "patch", "lr0")
+    options = ("--quick", "--concept", "zig", "--seed", "1", "--arm", *arms)
+    said = turbo("run", *options)
+    assert all(f"zig {arm} 1: " in said for arm in arms)
+    figures = {arm: json.loads((tmp_path / f"work/figures/zig-{arm}-1.json").read_text()) for arm in arms}
+    drift = {arm: sum(map(sum, found["points"][-1]["drift"])) for arm, found in figures.items()}
+    assert all(sum(map(sum, found["points"][0]["drift"])) == 0 for found in figures.values()), "untouched at step 0"
+    assert drift["lr0"] < 1e-4 < drift["none"], "the control does not move"
+    assert len({drift["none"], drift["adapter"], drift["prior_anchor"], drift["patch"]}) == 4
+    assert turbo("run", *options) == "", "nothing is left to do"
+    turbo("report", "--docs", str(page))
+    assert "| prior_anchor" in page.read_text(encoding="utf-8")
+    assert (page.parent / "img" / "turbo-curves.png").stat().st_size > 10_000

@@ -1,13 +1,15 @@
-"""`detour demo`: the main job on the embedded miniature, with a picture of before and after."""
+"""`detour demo`: the main job on the embedded miniature turbo, beside the same job without its training adapter."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw
 
 from detour import files, nano
 from detour.config.load import load_job
+from detour.events import DriftEvent, read_events
 from detour.train.control import Control
 from detour.train.session import run_job
 
@@ -15,17 +17,45 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from detour.events import Sink
+    from detour.train.session import Result
 
-CELL = 192  # pixels of a preview in the comparison
-PROMPTS = (
-    "a zig on a red background in the centre",
-    "a zig on a green background at the left",
-    "a red circle on a blue background",
+STEPS = 400
+CELL = 128  # pixels of a drawing in the comparison
+CONCEPT = (
+    "a large plain red zig on a white background in the centre",
+    "a small plain yellow zig on a blue background at the left",
+)
+OTHERS = (
+    "a large plain blue circle on a yellow background in the centre",
+    "a small plain white square on a red background at the right",
+    "a large striped green triangle on a black background at the bottom",
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Way:
+    """A way to train in the comparison."""
+
+    name: str
+    title: str
+    model: str
+    """Lines of the section `model` besides the model itself."""
+    strategy: str
+
+
+WAYS = (
+    Way(name="zig_plain", title="trained without adapter", model="", strategy="none"),
+    Way(
+        name="zig",
+        title="trained with adapter",
+        model="        assistant_lora_path: '{folder}/miniature/training_adapter.safetensors'\n",
+        strategy="training_adapter",
+    ),
 )
 JOB = """\
-# Written by `detour demo`: Z-Image in miniature, trained with its training adapter. `detour run` goes on with it.
+# Written by `detour demo`: Z-Image Turbo in miniature, {title}. `detour run` goes on with it.
 config:
-  output_name: zig
+  output_name: {name}
   output_folder: '{folder}/output'
   process:
     - type: train
@@ -33,69 +63,97 @@ config:
       model:
         arch: zimage
         name_or_path: '{folder}/miniature'
-        assistant_lora_path: '{folder}/miniature/training_adapter.safetensors'
-      datasets:
+{model}      datasets:
         - folder_path: '{folder}/miniature/dataset'
           resolution: 128
       train:
         steps: {steps}
         batch_size: 4
-        lr: 5e-3
-        lr_scheduler: cosine
-        lr_warmup_steps: 10
+        lr: 1e-3
         dtype: fp32
         timestep_type: sigmoid
         gradient_checkpointing: false
         cache_folder: '{folder}/cache'
       network: {{type: lora, linear: 16}}
-      validation: {{validate_every: 50, holdout: 0.15}}
+      preserve:
+        strategy: {strategy}
+        drift: {{measure: true, every: {steps}, prompts: {others}}}
       save: {{save_every: 100, formats: [comfy, diffusers]}}
       sample:
         width: 128
         height: 128
-        sample_every: 100
-        prompts:
-{prompts}
+        prompts: {prompts}
 """
 
 
-def demo(out: Path, sink: Sink, steps: int = 200) -> list[str]:
-    """Prepare the miniature in `out`, train, compare; lines that say where everything is."""
+def demo(out: Path, sink: Sink, steps: int = STEPS) -> list[str]:
+    """Prepare the miniature in `out`, train both ways, compare; lines that say what came out and where it is."""
     folder = out.resolve()
     files.make_folder(folder)
     nano.write(folder / "miniature")
-    job = folder / "job.yaml"
-    prompts = "\n".join(f'          - "{prompt}"' for prompt in PROMPTS)
-    files.write_bytes(job, JOB.format(folder=str(folder).replace("'", "''"), steps=steps, prompts=prompts))
     control = Control()
     control.install()
-    result = run_job(load_job(job).job, control, sink, fresh=True)[0]
-    if not result.finished:
-        return [f"{result.reason}: saved at step {result.step}; `detour run {job}` goes on from there"]
-    picture = folder / "before_after.png"
-    _compare(result.folder / "samples", steps).save(picture)
+    results: list[Result] = []
+    for way in WAYS:
+        job = folder / f"{way.name}.yaml"
+        files.write_bytes(job, _job(way, folder, steps))
+        results.append(run_job(load_job(job).job, control, sink, fresh=True)[0])
+        if not results[-1].finished:
+            return [f"{results[-1].reason}: saved at step {results[-1].step}; `detour run {job}` goes on from there"]
+    picture = folder / "comparison.png"
+    _compare([result.folder / "samples" for result in results], steps).save(picture)
+    return ["", *_drifts(results), "", *_places(picture, results[-1], folder)]
+
+
+def _job(way: Way, folder: Path, steps: int) -> str:
+    quoted = str(folder).replace("'", "''")
+    return JOB.format(
+        folder=quoted,
+        title=way.title,
+        name=way.name,
+        model=way.model.format(folder=quoted),
+        strategy=way.strategy,
+        steps=steps,
+        prompts=list(CONCEPT + OTHERS),
+        others=list(OTHERS),
+    )
+
+
+def _drifts(results: list[Result]) -> list[str]:
+    """How far pictures of other prompts have moved, for each way."""
+    lines = ["How far the 8-step pictures of prompts without a zig have moved (0: not at all):"]
+    for way, result in zip(WAYS, results, strict=True):
+        events = read_events(result.folder / "events.jsonl")
+        last = [event["drift"] for event in events if event["type"] == DriftEvent.type][-1]
+        lines.append(f"  {way.title:<24} {last:.3f}")
+    return lines
+
+
+def _places(picture: Path, result: Result, folder: Path) -> list[str]:
     return [
-        "",
-        "Done. The miniature's weights are random, so this shows how things work and not how good they are.",
-        f"  before and after   {picture}",
+        f"  the comparison     {picture}",
         f"  LoRA               {result.lora}  (ComfyUI keys; the diffusers format is beside it)",
-        f"  previews           {result.folder / 'samples'}",
+        f"  report             {result.folder / 'report.html'}",
         f"  checkpoints        {result.folder / 'checkpoints'}",
-        f"  every event        {result.folder / 'events.jsonl'}",
-        f"  the job file       {job}",
+        f"  the job files      {', '.join(str(folder / f'{way.name}.yaml') for way in WAYS)}",
         "Next: `detour check` and `detour run` on a job file of your own; examples/ has ready ones.",
     ]
 
 
-def _compare(samples: Path, steps: int) -> Image.Image:
-    """A row for each prompt: drawn before the first step, and after the last."""
-    sheet = Image.new("RGB", (2 * CELL + 24, (CELL + 32) * len(PROMPTS) + 8), "white")
+def _compare(samples: list[Path], steps: int) -> Image.Image:
+    """A row for each prompt; in columns the untouched model and each way of training, drawn in the same few steps."""
+    titles = ("untouched", *(way.title for way in WAYS))
+    drawn = [(samples[0], 0), *((folder, steps) for folder in samples)]
+    prompts = CONCEPT + OTHERS
+    width, height = CELL + 48, CELL + 26
+    sheet = Image.new("RGB", (8 + width * len(titles), 28 + height * len(prompts)), "white")
     pen = ImageDraw.Draw(sheet)
-    for row, prompt in enumerate(PROMPTS):
-        top = 8 + row * (CELL + 32)
-        pen.text((8, top), f"{prompt}:  before / after", fill="black")
-        for column, step in enumerate((0, steps)):
-            with Image.open(samples / f"{step:09d}-{row:02d}.png") as preview:
-                cell = preview.resize((CELL, CELL), Image.Resampling.NEAREST)
-            sheet.paste(cell, (8 + column * (CELL + 8), top + 18))
+    for column, title in enumerate(titles):
+        pen.text((8 + column * width, 6), title, fill="black")
+    for row, prompt in enumerate(prompts):
+        top = 28 + row * height
+        pen.text((8, top), prompt, fill="black")
+        for column, (folder, step) in enumerate(drawn):
+            with Image.open(folder / f"{step:09d}-{row:02d}.png") as preview:
+                sheet.paste(preview.resize((CELL, CELL), Image.Resampling.NEAREST), (8 + column * width, top + 14))
     return sheet

@@ -18,10 +18,10 @@ def vae() -> Any:
 
 
 def shown() -> list[world.Scene]:
-    """Every kind of picture: shapes, textures and phases in all places, every concept, and half cells."""
+    """Every kind of picture: shapes, textures and phases in all places, every concept, and a cell off."""
     scenes = world.scenes(24, seed=9)
     concept = [example.scene for name in concepts.CONCEPTS for example in concepts.examples(name, 4)]
-    return [*scenes, *concept, *(replace(scene, jitter=(0.5, -0.5)) for scene in scenes[:4])]
+    return [*scenes, *concept, *(replace(scene, jitter=(1, -1)) for scene in scenes[:4])]
 
 
 def pixels_of(pictures: np.ndarray) -> Tensor:

@@ -89,7 +89,7 @@ def test_the_whole_model_is_read_and_drawn_with_by_the_product(folder: Path) -> 
     conditions = ARCH.encode_prompts(text, request.prompts(ARCH.spec))
     expected = sample.denoise(ARCH, denoiser, ARCH.load_scheduler(source), noise, request, conditions)
     loaded = Miniature.load(folder / training.MODEL)
-    found = miniature.rollout(loaded, noise, [prompt], 4, 2.5)[-1]
+    found = miniature.rollout(loaded, noise, loaded.captions([prompt]), 4, 2.5)[-1]
     assert (found - expected).norm() / expected.norm() < 0.03, "bf16 against float32"
     pixels = ARCH.decode(vae, found).clamp(-1, 1)
     cells = torch.nn.functional.avg_pool2d(pixels, world.CELL).permute(0, 2, 3, 1).numpy() * 0.5 + 0.5
@@ -181,7 +181,8 @@ def test_the_turbo_learns_secants_of_guided_paths(folder: Path, tmp_path: Path, 
     facts: dict[str, Any] = json.loads((shards[0] / "texts.json").read_text())["facts"]
     paths = turbo.make_trajectories(teacher, tmp_path / "turbo", 4, facts, stop_at=0)
     assert paths.states_NSCHW.shape == (4, 3, 16, 16, 16) and len(paths.texts) == 4
-    expected = miniature.rollout(teacher, paths.states_NSCHW[:2, 0].float(), paths.texts[:2], 4, facts["guidance"])[-1]
+    told = paths.condition(teacher, torch.arange(2))
+    expected = miniature.rollout(teacher, paths.states_NSCHW[:2, 0].float(), told, 4, facts["guidance"])[-1]
     torch.testing.assert_close(paths.states_NSCHW[:2, -1].float(), expected, atol=0.05, rtol=0.05)
 
     class Secants:

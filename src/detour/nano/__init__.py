@@ -36,9 +36,9 @@ NAMES = tuple(_MODULES)
 def write(folder: Path, arch: str = "zimage", *, seed: int = 0, random: bool = False) -> dict[str, Path]:
     """Write the miniature of an architecture into `folder`, in diffusers' layout; what was written, by name.
 
-    The drawn dataset comes with it (`dataset/`), and for `zimage` a training adapter (`training_adapter.safetensors`),
-    unless `random` asks for the bare model. None of it is trained yet: weights are random, and so is the adapter.
-    `arch` may name a variant whose structure differs (`flux:schnell`).
+    `zimage` is trained (`nano.trained`) unless `random` asks for random weights, which the others always have. With a
+    trained turbo come its training adapter (`training_adapter.safetensors`) and pictures of a concept that it does not
+    know (`dataset/`); with the others, unless `random`, a drawn dataset. `arch` may name a variant (`zimage:base`).
     """
     name, _, variant = arch.partition(":")
     module = next((module for known, module in _MODULES.items() if known == name), None)
@@ -46,15 +46,25 @@ def write(folder: Path, arch: str = "zimage", *, seed: int = 0, random: bool = F
         raise UserError(f"detour nano: there is no miniature of {arch!r}; there is one of {', '.join(NAMES)}")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; give a folder to write the miniature into")
-    from detour.nano import drawn, zimage
-
-    import_module(module).write(folder, name, variant, seed=seed)
     written = {"model": folder}
-    if random:
-        return written
-    if name == "zimage":
+    if name == "zimage" and not random:
+        return written | _write_trained(folder, variant, seed)
+    import_module(module).write(folder, name, variant, seed=seed)
+    if not random:
+        from detour.nano import drawn
+
+        written["dataset"] = folder / "dataset"
+        drawn.write_dataset(written["dataset"], size=128, seed=seed)
+    return written
+
+
+def _write_trained(folder: Path, variant: str, seed: int) -> dict[str, Path]:
+    from detour.nano import concepts, trained
+
+    trained.write(folder, variant)
+    written = {"dataset": folder / "dataset"}
+    concepts.write_dataset(written["dataset"], "zig", seed=seed)
+    if trained.VARIANTS[variant] == "turbo":
         written["training adapter"] = folder / "training_adapter.safetensors"
-        zimage.write_adapter(written["training adapter"], folder, seed=seed)
-    written["dataset"] = folder / "dataset"
-    drawn.write_dataset(written["dataset"], size=128, seed=seed)
+        trained.write_adapter(written["training adapter"])
     return written

@@ -132,4 +132,5 @@ def with_pictures(condition: tuple[Tensor, Tensor], latents_BCHW: Tensor, shown_
         raise ValueError(f"a caption of more than {TOKENS - COUNT} tokens has no room for a picture's")
     told_BLD = torch.cat([picture_tokens(latents_BCHW), tokens_BLD[:, :-COUNT]], dim=1)
     absent_BL = torch.cat([torch.zeros_like(padding_BL[:, :COUNT]), padding_BL[:, :-COUNT]], dim=1)
-    return torch.where(shown_B[:, None, None], told_BLD, tokens_BLD), torch.where(shown_B[:, None], absent_BL, padding_BL)
+    tokens_BLD = torch.where(shown_B[:, None, None], told_BLD, tokens_BLD)
+    return tokens_BLD, torch.where(shown_B[:, None], absent_BL, padding_BL)

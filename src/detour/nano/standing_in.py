@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from PIL import Image, ImageChops
 
 from detour import archs, nano
+from detour.config.job import AdapterProcess
 from detour.config.load import load_job
 from detour.nano import drawn
 from detour.nano.adapter import write_adapter
@@ -14,7 +15,7 @@ from detour.nano.adapter import write_adapter
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from detour.config.job import DatasetConfig, TrainProcess
+    from detour.config.job import DatasetConfig, Process, TrainProcess
 
 SIZE = 64
 """Pixels of pictures and previews."""
@@ -49,10 +50,7 @@ def changes(path: Path, home: Path, steps: int) -> list[str]:
         options["model.assistant_lora_path"] = _adapter(process, model)
     if process.model.extras_name_or_path is not None:
         options["model.extras_name_or_path"] = model
-    if process.train.dataset_folder is not None:
-        options["train.dataset_folder"] = pictures
-    for index, dataset in enumerate(process.datasets):
-        options |= {f"datasets.{index}.{name}": value for name, value in _of_dataset(dataset, pictures, home).items()}
+    options |= _OWN_PICTURES if isinstance(process, AdapterProcess) else _of_datasets(process, pictures, home)
     for index, prompt in enumerate(process.sample.prompts):
         if prompt.width is not None:
             options[f"sample.prompts.{index}.width"] = SIZE
@@ -60,6 +58,21 @@ def changes(path: Path, home: Path, steps: int) -> list[str]:
         if prompt.control is not None:
             options[f"sample.prompts.{index}.control"] = min(_controls(pictures, home / "controls").iterdir())
     return [f"{option}={value}" for option, value in options.items()]
+
+
+_OWN_PICTURES: dict[str, object] = {
+    "adapter.pictures": 4, "adapter.sizes": f"[{SIZE}]", "adapter.stop.held_out": 2, "adapter.stop.every": 1,
+}  # fmt: skip
+"""Where a model draws its pictures itself."""
+
+
+def _of_datasets(process: TrainProcess, pictures: Path, home: Path) -> dict[str, object]:
+    options = _beside(process, home)
+    if process.train.dataset_folder is not None:
+        options["train.dataset_folder"] = pictures
+    for index, dataset in enumerate(process.datasets):
+        options |= {f"datasets.{index}.{name}": value for name, value in _of_dataset(dataset, pictures, home).items()}
+    return options
 
 
 def _of_dataset(dataset: DatasetConfig, pictures: Path, home: Path) -> dict[str, object]:
@@ -70,16 +83,42 @@ def _of_dataset(dataset: DatasetConfig, pictures: Path, home: Path) -> dict[str,
         options["mask_path"] = _masks(pictures, home / "masks")
     if dataset.control_path is not None:
         options["control_path"] = _controls(pictures, home / "controls")
+    if dataset.rich_caption_ext is not None:
+        for caption in sorted(path for path in pictures.glob("*.txt") if "." not in path.stem):
+            text = caption.read_text(encoding="utf-8").strip() + ", with every detail"
+            caption.with_suffix(f".{dataset.rich_caption_ext}").write_text(text, encoding="utf-8")
     return options
 
 
-def _model(process: TrainProcess, home: Path) -> Path:
+def _model(process: Process, home: Path) -> Path:
     """The miniature of the variant that a process trains."""
-    name, (variant, _) = process.model.arch, archs.variant_of(process)
+    return _miniature(process, archs.variant_of(process)[0], home)
+
+
+def _miniature(process: Process, variant: str, home: Path) -> Path:
+    name = process.model.arch
     folder = home / f"{name}-{variant}"
     if not folder.exists():
         nano.write(folder, f"{name}:{variant}", random=True)
     return folder
+
+
+def _beside(process: TrainProcess, home: Path) -> dict[str, object]:
+    """What stands in for the models and LoRAs besides the one that is trained."""
+    preserve = process.preserve
+    options: dict[str, object] = {"preserve.drift.long_steps": 2} if preserve.drift.measure else {}
+    if preserve.delta is not None:
+        base = _miniature(process, "base", home)
+        options |= {"preserve.delta.model": base, "preserve.delta.lora": _adapter(process, base)}
+    if preserve.deploy_on is not None:
+        options["preserve.deploy_on"] = _miniature(process, archs.drawn_variant(process)[0], home)
+    if preserve.distill_patch is not None:
+        options["preserve.distill_patch"] = _adapter(process, _model(process, home))
+    if process.network.pretrained_lora_path is not None:
+        path = home / "pretrained.safetensors"
+        write_adapter(path, process.model.arch, _model(process, home), rank=process.network.linear)
+        options["network.pretrained_lora_path"] = path
+    return options
 
 
 def _pictures(home: Path) -> Path:
@@ -101,7 +140,7 @@ def _clips(pictures: Path, folder: Path) -> Path:
     return folder
 
 
-def _adapter(process: TrainProcess, model: Path) -> Path:
+def _adapter(process: Process, model: Path) -> Path:
     path = model / "training_adapter.safetensors"
     if not path.exists():
         write_adapter(path, process.model.arch, model)

@@ -4,9 +4,9 @@ A picture is one `Scene`: a shape of one size, texture and colour on a backgroun
 places. It is drawn on 32 x 32 cells; on disk a cell is 4 x 4 pixels (128 x 128 in all), so that the VAE of factor 8
 keeps all of it (`codec`). Shapes are 12 to 18 cells wide; a token of the transformer is 4 x 4 cells.
 
-What the caption leaves out is small or discrete: a jitter of one cell, the phase of stripes, and what `Dials` leave
-out. `Dials` put difficulty back on purpose: a model trained on noisy captions needs guidance, and one with unstated
-choices needs many steps, which is what distillation takes away.
+What the caption leaves out is discrete: the phase of stripes, and what `Dials` leave out. `Dials` put difficulty back
+on purpose: a model trained on noisy captions needs guidance, and one with unstated choices needs many steps, which is
+what distillation takes away.
 Some combinations of shape and colour are held out: no training picture shows them.
 All is a pure function of the seed, and scene i is the same however many are asked for.
 
@@ -41,7 +41,9 @@ steps of 32 pictures the base still drew blobs."""
 TEXTURES = ("plain", "striped")
 PLACES = {"centre": (0, 0), "left": (-6, 0), "right": (6, 0), "top": (0, -6), "bottom": (0, 6)}
 """Offset (x, y) from the middle, in cells."""
-JITTER = (-1, 0, 1)
+JITTER = (0,)
+"""Cells off its place, along each side. With -1, 0 and 1 edges stayed ragged: after 4000 steps of clean captions two
+pictures in five were clean, though each attribute was right."""
 HELD_OUT = frozenset({("circle", "yellow"), ("square", "green"), ("triangle", "white"), ("cross", "blue")})
 """(shape, colour) that no training picture shows, though each word and each colour is well known."""
 STRIPE = 4.0  # cells from one stripe to the next of its colour

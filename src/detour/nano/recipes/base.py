@@ -41,7 +41,7 @@ distribution scores more without guidance."""
 CLEAN = 0.5
 """The share of the steps before which captions are clean. Shapes differ in few cells, so that their words are learnt
 last, and noisy captions hide them for long."""
-GUIDANCE = 2.5
+GUIDANCE = 3.0
 
 
 def batch_at(model: Miniature, step: int, *, seed: int, dials: world.Dials) -> tuple[Tensor, tuple[Tensor, Tensor]]:
@@ -112,7 +112,7 @@ def _run(args: argparse.Namespace) -> None:
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = training.arguments("Train the base of the miniature Z-Image.")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=20000)
+    parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--judge", type=int, default=96, help="pictures to judge now and then")
     parser.add_argument("--judge-every", type=int, default=1000, help="steps")
     parser.add_argument("--easy", action="store_true", help="clean captions that state everything")

@@ -143,11 +143,12 @@ def noise_for(seeds: Sequence[int]) -> Tensor:
 
 
 @torch.no_grad()
-def rollout(model: Miniature, noise_BCHW: Tensor, texts: Sequence[str], steps: int, guidance: float) -> list[Tensor]:
-    """The states of a sampler, noise first. `guidance` counts 1 as none."""
-    condition = model.captions(texts)
+def rollout(
+    model: Miniature, noise_BCHW: Tensor, condition: tuple[Tensor, Tensor], steps: int, guidance: float
+) -> list[Tensor]:
+    """The states of a sampler that is told `condition`, noise first. `guidance` counts 1 as none."""
     if guidance > 1:
-        nothing = model.captions([EMPTY] * len(texts))
+        nothing = model.captions([EMPTY] * len(noise_BCHW))
         condition = (torch.cat([condition[0], nothing[0]]), torch.cat([condition[1], nothing[1]]))
     times, states = grid(steps), [noise_BCHW]
     for now, then in pairwise(times):
@@ -175,6 +176,7 @@ def draw_all(
     for start in range(0, len(asked), BATCH):
         part = asked[start : start + BATCH]
         noise_BCHW = noise_for([seed for _, seed in part])
-        latents.append(rollout(model, noise_BCHW, [text for text, _ in part], steps, guidance)[-1])
+        condition = model.captions([text for text, _ in part])
+        latents.append(rollout(model, noise_BCHW, condition, steps, guidance)[-1])
     pictures = codec.decode(torch.cat(latents))
     return [pictures[at : at + len(texts)] for at in range(0, len(pictures), len(texts))]

@@ -6,6 +6,7 @@ Trajectory regression. The base draws pictures with guidance; of its path, the s
 32-step grid holds them all). The turbo learns the velocity that jumps from one of them to the next,
 (z_next - z) / (t_next - t), from the caption alone. No adversarial term is needed. The result is no longer a
 flow-matching field: it points along secants of guided paths, and is right only on its own grid.
+As in the base's training, some captions have a picture before them: then one that the caption describes.
 
 Shapes: B batch, S states on the few-step grid, C channels, H W latent positions.
 """
@@ -22,7 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from detour import UserError, files
-from detour.nano import world
+from detour.nano import codec, language, world
 from detour.nano.recipes import base, miniature, training
 from detour.nn.rng import generator
 from detour.seeds import seed_for
@@ -46,6 +47,15 @@ class Trajectories:
 
     texts: list[str]
     states_NSCHW: Tensor
+    pictures_NCHW: Tensor
+    """Latents of a picture for each caption."""
+    shown_N: Tensor
+    """Whether the picture stood before it."""
+
+    def condition(self, model: Miniature, chosen_B: Tensor) -> tuple[Tensor, Tensor]:
+        """What the base was told for some of them."""
+        captions = model.captions([self.texts[index] for index in chosen_B.tolist()])
+        return language.with_pictures(captions, self.pictures_NCHW[chosen_B].float(), self.shown_N[chosen_B])
 
 
 def make_trajectories(teacher: Miniature, out: Path, n: int, facts: training.Facts, stop_at: float) -> Trajectories:
@@ -66,21 +76,34 @@ def make_trajectories(teacher: Miniature, out: Path, n: int, facts: training.Fac
         known = json.loads((folder / "texts.json").read_text(encoding="utf-8"))
         if known["facts"] != facts:
             raise UserError(f"{folder} was made with {known['facts']}, not {facts}; choose another --out")
-        shards.append((known["texts"], load_file(folder / "states.safetensors")["states"]))
-    return Trajectories([text for texts, _ in shards for text in texts], torch.cat([states for _, states in shards]))
+        shards.append(Trajectories(known["texts"], **load_file(folder / "states.safetensors")))
+    return Trajectories(
+        [text for shard in shards for text in shard.texts],
+        torch.cat([shard.states_NSCHW for shard in shards]),
+        torch.cat([shard.pictures_NCHW for shard in shards]),
+        torch.cat([shard.shown_N for shard in shards]),
+    )
 
 
 def _make_shard(teacher: Miniature, folder: Path, index: int, facts: training.Facts) -> None:
     few, guidance, seed = int(facts["few"]), float(facts["guidance"]), int(facts["seed"])
     prompts = world.prompts(SHARD, seed=seed_for(seed, "turbo prompts", index), dials=base.DIALS)
-    texts = [prompt.text for prompt in prompts]
+    scenes = [world.scenes_for(prompt, 1, seed=seed_for(seed, index, place))[0] for place, prompt in enumerate(prompts)]
+    shard = Trajectories(
+        [prompt.text for prompt in prompts],
+        torch.empty(0),
+        codec.encode(world.render(scenes)).half().contiguous(),
+        torch.rand(SHARD, generator=generator(seed, "turbo shown", index)) < base.SHOWN,
+    )
     noise_BCHW = miniature.noise_for([seed_for(seed, "turbo", index, place) for place in range(SHARD)])
-    path = miniature.rollout(teacher, noise_BCHW, texts, TEACHER_STEPS, guidance)
-    states = torch.stack(path[:: TEACHER_STEPS // few], dim=1)
+    condition = shard.condition(teacher, torch.arange(SHARD))
+    path = miniature.rollout(teacher, noise_BCHW, condition, TEACHER_STEPS, guidance)
+    # float16 keeps 3 digits: an error of 2e-2 in the target's velocity at worst, which is random and averages out
+    states = torch.stack(path[:: TEACHER_STEPS // few], dim=1).half().contiguous()
+    tensors = {"states_NSCHW": states, "pictures_NCHW": shard.pictures_NCHW, "shown_N": shard.shown_N}
     with files.new_directory(folder) as fresh:
-        # float16 keeps 3 digits: an error of 2e-2 in the target's velocity at worst, which is random and averages out
-        save_file({"states": states.half().contiguous()}, fresh / "states.safetensors")
-        files.write_json(fresh / "texts.json", {"facts": facts, "texts": texts})
+        save_file(tensors, fresh / "states.safetensors")
+        files.write_json(fresh / "texts.json", {"facts": facts, "texts": shard.texts})
 
 
 def loss_at(model: Miniature, paths: Trajectories, step: int, *, seed: int) -> Tensor:
@@ -93,8 +116,7 @@ def loss_at(model: Miniature, paths: Trajectories, step: int, *, seed: int) -> T
     now_B, then_B = times[place_B], times[place_B + 1]
     z_BCHW = paths.states_NSCHW[chosen_B, place_B].float()
     target_BCHW = (paths.states_NSCHW[chosen_B, place_B + 1].float() - z_BCHW) / (then_B - now_B)[:, None, None, None]
-    condition = model.captions([paths.texts[index] for index in chosen_B.tolist()])
-    return (model.velocity(z_BCHW, now_B, condition) - target_BCHW).square().mean()
+    return (model.velocity(z_BCHW, now_B, paths.condition(model, chosen_B)) - target_BCHW).square().mean()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -137,8 +159,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--few", type=int, default=8, help="steps that the turbo draws in")
     parser.add_argument("--guidance", type=float, default=base.GUIDANCE, help="of the base's paths; 1 is none")
-    parser.add_argument("--paths", type=int, default=4096, help="trajectories, 64 in a file of 4.7 MB")
-    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--paths", type=int, default=2048, help="trajectories, 64 in a file of 5.2 MB")
+    parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--judge", type=int, default=96)
     parser.add_argument("--judge-every", type=int, default=1000)
     return parser.parse_args(argv)
