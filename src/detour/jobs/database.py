@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from detour import UserError, files
-from detour.jobs.states import ALLOWED
+from detour.jobs.states import ALLOWED, UnknownJobError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -200,7 +200,7 @@ def _explained(path: Path) -> Iterator[None]:
     try:
         yield
     except OverflowError:
-        raise UserError(f"{path}: no job has so large a number") from None
+        raise UnknownJobError(f"{path}: no job has so large a number") from None
     except sqlite3.OperationalError as error:
         raise _explanation(path, error.sqlite_errorcode & 0xFF, error) from error
     except sqlite3.DatabaseError as error:

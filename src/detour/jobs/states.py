@@ -41,6 +41,10 @@ class StateError(UserError):
     """What was asked for is not possible in the state that a job is in."""
 
 
+class UnknownJobError(UserError):
+    """There is no job of that number."""
+
+
 def end_state(cause: Cause) -> State:
     """The state that a job with this cause of its end is in."""
     if cause == "finished":

@@ -40,6 +40,7 @@ def supervise(store: Store, job_id: int, token: str, command: Sequence[str]) -> 
     processes.beat(store.heartbeat(job_id))
     for number in _ENDING:  # the run inherits these, also where whoever started us had them ignored
         signal.signal(number, signal.SIG_DFL)
+    _hand_over_token(store)
     pid, gate = _fork_behind_gate([*command, str(store.job_file(job_id))], job.cwd)
     for number in _ENDING:  # from here on this process ends with its run
         signal.signal(number, signal.SIG_IGN)
@@ -52,6 +53,17 @@ def supervise(store: Store, job_id: int, token: str, command: Sequence[str]) -> 
         os.close(gate)
     status, oom = _wait(store, job_id, pid)
     return _write_down(store, job, status, oom) if begun else 0
+
+
+def _hand_over_token(store: Store) -> None:
+    """Tell the run where the hub's token lies, if the queue has one: it counts more than the environment's.
+
+    By its place, which `huggingface_hub` reads, and not by itself: environments are printed into logs.
+    """
+    if store.hub_token.is_file():
+        os.environ["HF_TOKEN_PATH"] = str(store.hub_token)
+        os.environ.pop("HF_TOKEN", None)
+        os.environ.pop("HUGGING_FACE_HUB_TOKEN", None)
 
 
 def _fork_behind_gate(command: list[str], cwd: Path) -> tuple[int, int]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from fastapi import Request  # FastAPI looks its name up when a route depends on `context`
+
 if TYPE_CHECKING:
     from pathlib import Path
-
-    from fastapi import Request
 
     from detour.jobs.store import Store
 
@@ -18,6 +18,8 @@ class Context:
     """Given to the app once, when it is made. Clients name ids; these are the only folders that they reach."""
 
     store: Store
+    comfyui: Path | None = None
+    """ComfyUI's folder, in whose `models/loras` LoRAs may be put. Said on the command line, never by a page."""
 
     @property
     def folder(self) -> Path:
