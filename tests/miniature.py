@@ -229,9 +229,9 @@ def state_of(folder: Path) -> dict[str, str]:
 
 
 def files_of(folder: Path) -> dict[str, str]:
-    """Sha256 of every file of a run but those that hold the time: its log, its lock, its checkpoints, manifests."""
+    """Sha256 of every file of a run but those that hold the time: log, report, lock, checkpoints, manifests."""
     paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    timed = ("events.jsonl", ".lock", "checkpoints/")
+    timed = ("events.jsonl", "report.html", ".lock", "checkpoints/")
     return {
         name: hashlib.sha256(path.read_bytes()).hexdigest()
         for name, path in paths.items()

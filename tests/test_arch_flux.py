@@ -27,7 +27,7 @@ from detour.nn.adapter_file import read_adapter
 from detour.nn.fused import put_together
 from detour.nn.training_adapter import linear_shapes
 from detour.sample import Request, denoise, initial_noise
-from detour.train import build
+from detour.train import build, encoders
 from detour.train.objective import Task
 from detour.train.timesteps import draw_times
 from detour.weights import ModelSource, Placement, find_model, materialise
@@ -233,7 +233,7 @@ def test_prompts_of_another_length_have_another_place_in_the_cache(folders: dict
         data = {"datasets": [{"folder_path": tmp_path / "data", "resolution": 64}], "device": "cpu", "type": "train"}
         data |= {"model": {"arch": kind, "name_or_path": str(folders[kind])}, "sample": {"disable_sampling": True}}
         inputs = build.gather(archs.resolve(TrainProcess.model_validate(data)), Recorder())
-        keys[kind] = build._Models(inputs, Store(tmp_path / "cache"), torch.float32).keys
+        keys[kind] = encoders.Models(inputs, Store(tmp_path / "cache"), torch.float32).keys
     parts = [path.relative_to(folders["flux"]) for path in folders["flux"].glob("t*/*") if "former" not in str(path)]
     assert len(parts) == 8
     assert all((folders["flux"] / part).read_bytes() == (folders["flux:schnell"] / part).read_bytes() for part in parts)

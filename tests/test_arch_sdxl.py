@@ -27,7 +27,7 @@ from detour.nano import drawn
 from detour.nano import sdxl as nano
 from detour.nn.training_adapter import linear_shapes
 from detour.sample import Request, denoise, initial_noise
-from detour.train import build
+from detour.train import build, encoders
 from detour.weights import ModelSource, Placement, find_model, materialise
 from miniature import Recorder
 
@@ -315,7 +315,7 @@ def test_what_decides_it_is_part_of_the_caches_key(folder: Path, tmp_path: Path)
             "datasets": [{"folder_path": str(tmp_path / "data"), "resolution": 64}],
         }  # fmt: skip
         inputs = build.gather(archs.resolve(TrainProcess.model_validate(process)), Recorder())
-        keys.append(build._Models(inputs, cache.Store(tmp_path / "cache"), torch.float32).keys)
+        keys.append(encoders.Models(inputs, cache.Store(tmp_path / "cache"), torch.float32).keys)
     assert keys[0].vae == keys[1].vae
     assert keys[0].text != keys[1].text
 

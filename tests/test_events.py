@@ -1,5 +1,6 @@
 import errno
 import json
+import math
 import os
 import random
 import resource
@@ -26,6 +27,7 @@ ALL = [
         seconds_outside=0.1,
         memory_bytes=7,
         pictures=["ü"],
+        picture_losses=[(0.25, 0.1), (1.0, math.nan)],
     ),
     events.SampleEvent(step=1, index=0, path="a.png", prompt="a cat", seed=42),
     events.SaveEvent(step=1, checkpoint="c", lora=None),
@@ -56,7 +58,7 @@ def test_every_event_becomes_one_json_line_with_type_and_time(tmp_path):
     step = {key: value for key, value in records[2].items() if key != "time"}
     assert step == {
         "type": "step", "step": 1, "epoch": 0, "loss": 0.1, "lr": 1e-4, "grad_norm": 0.3, "seconds": 1.5,
-        "seconds_outside": 0.1, "memory_bytes": 7, "pictures": ["ü"],
+        "seconds_outside": 0.1, "memory_bytes": 7, "pictures": ["ü"], "picture_losses": [[0.25, 0.1], [1.0, None]],
     }  # fmt: skip
 
 

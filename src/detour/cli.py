@@ -79,15 +79,20 @@ def _parser() -> argparse.ArgumentParser:
     _add_training(command)
     _add_tools(command)
     _add_queue(command)
+    _add_ui(command)
     return parser
 
 
 def _add_training(command: _Command) -> None:
     run = command("run", _run, "run a job file; goes on where it left off")
-    _job_arguments(run)
-    run.add_argument("--fresh", action="store_true", help="start over; what is there is moved aside")
-    run.add_argument("--dry-run", action="store_true", help="2 steps, a sample, a save, a resume, in a scratch folder")
-    run.add_argument("--json", action="store_true", help="print the result as JSON")
+    making = command("adapter", _adapter, "make a training adapter: `run` for job files of `type: adapter`")
+    for parser in (run, making):
+        _job_arguments(parser)
+        parser.add_argument("--fresh", action="store_true", help="start over; what is there is moved aside")
+        parser.add_argument(
+            "--dry-run", action="store_true", help="2 steps, a sample, a save, a resume, in a scratch folder"
+        )
+        parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
     check = command("check", _check, "check a job file and its dataset without loading a model")
     _job_arguments(check)
@@ -128,6 +133,10 @@ def _add_tools(command: _Command) -> None:
     inspect.add_argument("file", type=Path, metavar="FILE")
     inspect.add_argument("--json", action="store_true")
 
+    report = command("report", _report, "write report.html again: one file about a run, for any browser")
+    report.add_argument("folder", type=Path, metavar="DIR", help="the run's: <output_folder>/<output_name>")
+    report.add_argument("--out", type=Path, metavar="FILE", help="default: DIR/report.html")
+
     listing = command("archs", _archs, "list the architectures and what each supports")
     listing.add_argument("--json", action="store_true")
 
@@ -166,6 +175,27 @@ def _add_queue(command: _Command) -> None:
     stop.add_argument("--kill", action="store_true", help="end it whatever it is doing, without saving")
     start = action("start", "queue a job that has ended again; it goes on from its last checkpoint")
     start.add_argument("id", type=_count, metavar="ID", nargs="?", help="without one: work at what is queued")
+
+
+def _add_ui(command: _Command) -> None:
+    ui = command("ui", _ui, "the web UI with its job queue")
+    ui.add_argument("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, this machine only)")
+    ui.add_argument("--port", type=_port, default=8675, help="default: 8675; 0: any that is free")
+    ui.add_argument("--folder", type=Path, metavar="DIR", help="default: $DETOUR_FOLDER or ~/.local/share/detour")
+    ui.add_argument(
+        "--token-file", type=Path, metavar="FILE", help="the token's file, made if missing (default: in the folder)"
+    )
+    ui.add_argument(
+        "--allow-host", action="append", default=[], metavar="NAME", help="another name by which browsers reach it"
+    )
+    ui.add_argument("--comfyui", type=Path, metavar="DIR", help="ComfyUI's folder, to which LoRAs can be sent")
+    ui.add_argument("--no-browser", action="store_true", help="do not open the browser")
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 65535")
+    return int(text)
 
 
 def _count(text: str) -> int:
@@ -219,8 +249,22 @@ def _load(arguments: argparse.Namespace) -> Loaded:
     return loaded
 
 
-def _run(arguments: argparse.Namespace) -> int:
+def _adapter(arguments: argparse.Namespace) -> int:
     loaded = _load(arguments)
+    for index, process in enumerate(loaded.job.config.process):
+        if process.type != "adapter":
+            raise UserError(
+                f"{loaded.place('type', index)}: type: {process.type}; `detour adapter` is for type: adapter, a job "
+                f"that makes a training adapter. `detour run` runs this one"
+            )
+    return _run_loaded(loaded, arguments)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    return _run_loaded(_load(arguments), arguments)
+
+
+def _run_loaded(loaded: Loaded, arguments: argparse.Namespace) -> int:
     from detour.train.control import Control
     from detour.train.rehearsal import rehearse
     from detour.train.session import run_job
@@ -345,6 +389,13 @@ def _inspect(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _report(arguments: argparse.Namespace) -> int:
+    from detour.report import page
+
+    print(page.write(arguments.folder, arguments.out))
+    return 0
+
+
 def _archs(arguments: argparse.Namespace) -> int:
     from detour import archs
 
@@ -409,6 +460,12 @@ def _queue(arguments: argparse.Namespace) -> int:
         lines = queue_commands.table(found)
     print("\n".join(lines))
     return 0
+
+
+def _ui(arguments: argparse.Namespace) -> int:
+    from detour.ui_command import ui
+
+    return ui(arguments, lambda line: print(line, flush=True))
 
 
 @contextmanager

@@ -15,6 +15,8 @@ from detour.events import (
     DriftEvent,
     EndEvent,
     Event,
+    GateEvent,
+    PlateauEvent,
     SampleEvent,
     SaveEvent,
     Sink,
@@ -27,6 +29,7 @@ from detour.events import (
     to_line,
     to_record,
 )
+from detour.report.words import duration
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -265,10 +268,8 @@ def describe(event: Event) -> list[str]:
     elif isinstance(event, ValidationEvent):
         parts = ", ".join(f"{loss:.4f} at {at}" for at, loss in event.by_time.items())
         lines = [f"step {event.step}: validation loss {event.loss:.4f}" + (f" ({parts})" if parts else "")]
-    elif isinstance(event, DriftEvent):
-        gap = f", few against many steps {event.gap:.3f} (untouched {event.gap_untouched:.3f})" if event.gap else ""
-        bent = f"curvature {event.curvature:.3f} (untouched {event.curvature_untouched:.3f})"
-        lines = [f"step {event.step}: drift {event.drift:.3f}{gap}, {bent}, variety {event.spread:.2f}"]
+    elif isinstance(event, DriftEvent | GateEvent | PlateauEvent):
+        lines = [f"step {event.step}: {_measured(event)}"]
     elif isinstance(event, WarningEvent):
         where = "" if event.step is None else f"step {event.step}: "
         lines = [f"{where}warning: {event.message}", *(f"  {detail}" for detail in event.details[:LISTED])]
@@ -281,24 +282,23 @@ def describe(event: Event) -> list[str]:
     return lines
 
 
+def _measured(event: DriftEvent | GateEvent | PlateauEvent) -> str:
+    if isinstance(event, GateEvent):
+        closer = f"being told more brings it {event.gain:+.1%} (+-{event.gain_error:.1%}) closer to the pictures"
+        return f"teacher gate: {closer}, context gap {event.gap:.4g}; look at {event.path}"
+    if isinstance(event, PlateauEvent):
+        return f"done: {event.reason}"
+    gap = f", few against many steps {event.gap:.3f} (untouched {event.gap_untouched:.3f})" if event.gap else ""
+    bent = f"curvature {event.curvature:.3f} (untouched {event.curvature_untouched:.3f})"
+    sharp = "" if event.sharpness is None else f", sharpness {event.sharpness:.2f}"
+    many = "" if event.sharpness_long is None else f" (many steps {event.sharpness_long:.2f})"
+    return f"drift {event.drift:.3f}{gap}, {bent}, variety {event.spread:.2f}{sharp}{many}"
+
+
 def printable(text: str, stream: TextIO) -> str:
     """`text` with what the stream's encoding lacks written as escapes: a file name in a warning must not end a run."""
     encoding = stream.encoding or "utf-8"
     return text.encode(encoding, "backslashreplace").decode(encoding)
-
-
-def duration(seconds: float) -> str:
-    """`42 s`, `3 min 05 s`, `1 h 02 min`, `2 d 03 h`."""
-    if not math.isfinite(seconds):
-        return "?"
-    whole = round(max(seconds, 0.0))
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    if whole < 86400:
-        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-    return f"{whole // 86400} d {whole % 86400 // 3600:02d} h"
 
 
 def _speed(seconds: float) -> str:

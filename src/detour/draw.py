@@ -101,7 +101,7 @@ def draw(drawing: Drawing, out: Path) -> list[Path]:
     denoiser = arch.build_denoiser(source)
     archs.check_variant(arch.spec, name, denoiser.config)  # type: ignore[arg-type]  # every diffusers model has it
     shapes = lora_shapes(arch, denoiser, source) if drawing.loras else {}
-    loras = [_read_lora(text, arch, shapes) for text in drawing.loras]
+    loras = [read_lora(text, arch, shapes) for text in drawing.loras]
     files.make_folder(out)
 
     conditions = _conditions(arch, source, requests, loras, weights.Placement(dtype, device))
@@ -134,7 +134,7 @@ def _conditions(
     arch: Arch,
     source: weights.ModelSource,
     requests: list[sample.Request],
-    loras: list[_Added],
+    loras: list[Added],
     placement: weights.Placement,
 ) -> list[list[Condition]]:
     """Of each picture's prompts, embedded by the text encoders with what the LoRAs have for them."""
@@ -166,28 +166,35 @@ def _variant(drawing: Drawing) -> tuple[str, Variant]:
 
 
 @dataclass(frozen=True)
-class _Added:
+class Added:
     """A LoRA that is put on the model, at a strength."""
 
     path: Path
     file: LoraFile
     strength: float
 
+    def pairs(self) -> dict[str, Pair]:
+        """What a plain LoRA adds to each layer."""
+        return {
+            name: Pair(parts["lora_A.weight"], parts["lora_B.weight"], self.file.scale(name) * self.strength)
+            for name, parts in by_module(self.file.tensors).items()
+        }
 
-def _read_lora(text: str, arch: Arch, shapes: Shapes) -> _Added:
-    """`FILE` or `FILE:scale`, read and checked against the model's layers."""
+
+def read_lora(text: str, arch: Arch, shapes: Shapes, option: str = "--lora") -> Added:
+    """`FILE` or `FILE:scale`, read and checked against the model's layers; `option` names it in errors."""
     name, _, strength = text.rpartition(":")
     try:
         path, scale = (name, float(strength)) if name else (text, 1.0)
     except ValueError:  # a colon inside the path
         path, scale = text, 1.0
     if not math.isfinite(scale):
-        raise UserError(f"--lora {text}: the scale {scale} is not a finite number; 1 is full strength, 0 is none")
-    file = weights.find_file(path, what="--lora")
-    return _Added(file, export.read_lora(file, arch.spec, shapes), scale)
+        raise UserError(f"{option} {text}: the scale {scale} is not a finite number; 1 is full strength, 0 is none")
+    file = weights.find_file(path, what=option)
+    return Added(file, export.read_lora(file, arch.spec, shapes), scale)
 
 
-def _attach_branches(added: _Added, model: nn.Module, dtype: torch.dtype) -> None:
+def _attach_branches(added: Added, model: nn.Module, dtype: torch.dtype) -> None:
     """A plain LoRA stays a branch beside the weights: exact in any type, as it was trained.
 
     `model` is the denoiser or the text encoders together; it gets what the file has for its layers.
@@ -195,15 +202,11 @@ def _attach_branches(added: _Added, model: nn.Module, dtype: torch.dtype) -> Non
     if added.file.kind != "lora":
         return
     own = to_file(model, linear_shapes(model))
-    pairs = {
-        name: Pair(parts["lora_A.weight"], parts["lora_B.weight"], added.file.scale(name) * added.strength)
-        for name, parts in by_module(added.file.tensors).items()
-        if name in own
-    }
+    pairs = {name: pair for name, pair in added.pairs().items() if name in own}
     TrainingAdapter(from_file(model, pairs), "factored", dtype=dtype).attach(model)
 
 
-def _with_loras(name: str, tensor: torch.Tensor, loras: list[_Added]) -> torch.Tensor:
+def _with_loras(name: str, tensor: torch.Tensor, loras: list[Added]) -> torch.Tensor:
     """The weight with every adapter that is not a plain LoRA, computed in float32."""
     module = name.removesuffix(".weight")
     for added in loras:

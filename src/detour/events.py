@@ -30,6 +30,8 @@ class StartEvent:
     arch: str
     resumed_from: str | None
     """The checkpoint, or None for a fresh start."""
+    facts: dict[str, str] = field(default_factory=dict)
+    """Versions of the libraries, hashes of the inputs, the number of training pictures (`pictures`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +62,8 @@ class StepEvent:
     memory_bytes: int
     """Most memory held on the device so far."""
     pictures: list[str] | None = None
+    picture_losses: list[tuple[float, float]] | None = None
+    """Time and loss of each picture of the step; None where a loss is of several times, or of none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +115,34 @@ class DriftEvent:
     """Distance between two pictures of one prompt, relative to the untouched model's: below 1 variety is lost."""
     alarm: bool
     """Is `drift` above `preserve.drift.alarm`?"""
+    sharpness: float | None = None
+    """Of few-step pictures, relative to the untouched model's: below 1 they are blurred. Root mean square of the
+    differences between neighbouring pixels; None where the untouched model's pictures are flat."""
+    sharpness_long: float | None = None
+    """Of many-step pictures, relative to the untouched model's of few steps; None where it was not measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateEvent:
+    """Before the first step: does being told more help the teacher (see `train.gate`)?"""
+
+    type: ClassVar[str] = "gate"
+    step: int
+    passed: bool
+    gain: float
+    """How much closer to the training pictures its drawings come, as a share of the distance; and its standard error.
+    """
+    gain_error: float
+    gap: float
+    """What being told more changes in its predictions: the whole signal at the start."""
+    colour: list[float]
+    """Red, green and blue of its drawings less those of the pictures, of 0 to 1."""
+    frame: str
+    """The change of frame that fits the pictures better; empty where none does."""
+    reasons: list[str]
+    """Why it did not pass."""
+    path: str
+    """The drawings beside the pictures."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +154,15 @@ class ValidationEvent:
     loss: float
     by_time: dict[str, float]
     """Loss at each time, the time written as in the job file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlateauEvent:
+    """A training adapter is done: the loss on held-out pictures has stopped falling (see `train.plateau`)."""
+
+    type: ClassVar[str] = "plateau"
+    step: int
+    reason: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,6 +202,8 @@ Event = (
     | SaveEvent
     | ValidationEvent
     | DriftEvent
+    | GateEvent
+    | PlateauEvent
     | WarningEvent
     | StopEvent
     | EndEvent
@@ -192,7 +235,7 @@ def _finite(value: object) -> object:
     """JSON has no NaN and no infinity, and browsers refuse a line that holds one: they become null."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
@@ -278,7 +321,7 @@ def _mend(fd: int) -> None:
         os.lseek(fd, start, os.SEEK_SET)
         tail = os.read(fd, block) + tail
     torn = tail[tail.rfind(b"\n") + 1 :]
-    if _parse(torn) is not None:
+    if parse_line(torn) is not None:
         files.write_all(fd, b"\n")
     elif torn:
         os.ftruncate(fd, size - len(torn))
@@ -295,7 +338,7 @@ def read_events(path: Path) -> Iterator[dict[str, Any]]:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     with file:
         for number, line in enumerate(file, 1):
-            record = _parse(line)
+            record = parse_line(line)
             if record is not None:
                 yield record
             elif line.endswith(b"\n"):
@@ -303,7 +346,8 @@ def read_events(path: Path) -> Iterator[dict[str, Any]]:
                 raise UserError(f"{path}, {found}. The file was damaged or edited; remove that line")
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
+def parse_line(line: bytes) -> dict[str, Any] | None:
+    """The record of a line of `events.jsonl`; None where it is not an event."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):

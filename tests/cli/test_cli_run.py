@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import threading
@@ -46,8 +47,8 @@ def done(tmp_path_factory, write_job) -> Done:
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """Sha256 of everything that a run leaves but its log."""
-    kept = [name for name in tree(folder) if name not in ("events.jsonl", ".lock")]
+    """Sha256 of everything that a run leaves but its log, and the report, which tells how long it took."""
+    kept = [name for name in tree(folder) if name not in ("events.jsonl", "report.html", ".lock")]
     return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in kept}
 
 
@@ -61,6 +62,7 @@ def test_a_run_leaves_what_is_promised(done):
             ".lock",
             "events.jsonl",
             "job.yaml",
+            "report.html",
             *(f"checkpoints/step-{step:09d}/{name}" for step in (0, 2, 4) for name in checkpoint),
             f"{NAME}-000000002.safetensors",
             f"{NAME}.diffusers.safetensors",
@@ -120,6 +122,24 @@ def test_every_event_has_the_promised_fields(done):
     assert saves[1] == (2, str(done.folder / f"{NAME}-000000002.safetensors"))
     assert saves[-1] == (4, str(done.folder / f"{NAME}.safetensors"))
     assert first_run[-1]["reason"] == "finished"
+
+
+def test_a_run_leaves_a_report_with_its_figures(done):
+    first = (done.folder / "report.html").read_bytes()
+    data = json.loads(re.search(rb'<script type="application/json" id="data">(.*?)</script>', first)[1])
+    curves = {chart["key"]: chart["curves"][0] for chart in data["charts"]}
+    steps = [event for event in events(done.folder, "step") if event["step"] <= 4]
+    for chart, key in (("loss", "loss"), ("lr", "lr"), ("grad_norm", "grad_norm"), ("seconds", "seconds")):
+        assert curves[chart]["steps"] == [1, 2, 3, 4]
+        assert curves[chart]["values"] == [event[key] for event in steps]
+    held = events(done.folder, "validation")
+    assert curves["validation"]["values"] == [event["loss"] for event in held if event["step"] <= 4]
+    assert first.count(b'<img src="data:image/jpeg;base64,') == 6  # two prompts before the first step, at 2 and at 4
+    assert hashlib.sha256((done.folder / f"{NAME}.safetensors").read_bytes()).hexdigest().encode() in first
+    facts = events(done.folder, "start")[0]["facts"]
+    assert facts["pictures"] == "3"  # two of five are held out
+    for name in ("torch", "diffusers", "dataset_sha256", "training_adapter_sha256", "vae_sha256"):
+        assert facts[name].encode() in first
 
 
 def test_previews_say_how_to_draw_them_again(done):
@@ -345,7 +365,7 @@ def test_a_signal_while_nothing_is_trained_yet_stops_at_once(tmp_path, write_job
         time.sleep(5)
         pytest.fail("the signal was not obeyed")
 
-    monkeypatch.setattr("detour.train.build.prepare", prepare)
+    monkeypatch.setattr("detour.train.build.prepare_captions", prepare)
     stopped = detour("run", job)
     assert stopped.code == 130
     assert "stopped at once" in stopped.err

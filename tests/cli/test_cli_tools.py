@@ -322,20 +322,16 @@ def test_schema_is_a_json_schema_that_knows_the_job_file():
 def test_demo_says_where_everything_is(tmp_path):
     out = tmp_path / "it's: a demo"
     ran = well("demo", "--out", out, "--steps", 2)
-    assert "miniature's weights are random" in ran.out
-    for line in (
-        "before_after.png",
-        "output/zig/zig.safetensors",
-        "output/zig/samples",
-        "output/zig/events.jsonl",
-        "job.yaml",
-    ):
+    for line in ("comparison.png", "output/zig/zig.safetensors", "output/zig/report.html", "zig_plain.yaml"):
         assert str(out / line) in ran.out
         assert (out / line).exists()
-    with Image.open(out / "before_after.png") as sheet:
-        assert sheet.width > 2 * 192
+    drifts = [float(line.split()[-1]) for line in ran.out.splitlines() if line.startswith("  trained with")]
+    assert len(drifts) == 2
+    assert all(0 < drift < 0.5 for drift in drifts), "two steps move little, but something"
+    with Image.open(out / "comparison.png") as sheet:
+        assert sheet.width > 3 * 128
     # The job file that it wrote goes on like any other.
-    more = well("run", out / "job.yaml", "--set", "train.steps=3")
+    more = well("run", out / "zig.yaml", "--set", "train.steps=3")
     assert "goes on at step 2" in more.err
 
 

@@ -9,6 +9,7 @@ from PIL import Image
 from command import events, well
 from detour import archs
 from detour.config.load import load_job
+from detour.config.preserve import STRATEGIES
 from detour.nano import standing_in
 
 ROOT = Path(__file__).parents[2]
@@ -32,6 +33,13 @@ def parameters() -> list:
 def test_every_architecture_has_an_example():
     found = {load_job(path).job.config.process[0].model.arch for path in EXAMPLES}
     assert found == set(archs.built())
+
+
+def test_every_strategy_has_an_example():
+    jobs = {path: load_job(path).job.config.process[0] for path in EXAMPLES}
+    found = {process.preserve.strategy: path.stem for path, process in jobs.items() if process.type == "train"}
+    assert set(STRATEGIES) == set(found) - {None}
+    assert all(stem == f"train_lora_zimage_turbo_{name}" for name, stem in found.items() if name is not None)
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from detour.lora_formats import LoraFile, diffusers_refuses, from_training, is_f
 from detour.nn.together import to_file
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
     from detour.archs.base import ArchSpec
@@ -68,13 +68,23 @@ class Written:
     proof: Proof
     notes: tuple[str, ...]
     """What its users should know."""
+    checked: str = ""
+    """What the caller's own check has found."""
 
 
 def write_lora(
-    path: Path, lora: LoraFile, base: Base, fmt: Format, *, dtype: DType | None, metadata: Mapping[str, str]
+    path: Path,
+    lora: LoraFile,
+    base: Base,
+    fmt: Format,
+    *,
+    dtype: DType | None,
+    metadata: Mapping[str, str],
+    check: Callable[[Path], str] | None = None,
 ) -> Written:
     """Write a LoRA in a format, whole and proven or not at all. `dtype` None keeps the tensors' own.
 
+    `check` is a further proof, of the finished file before it takes its name; it says what it has found.
     UserError where the format cannot carry the adapter; NotProvenError where it does not load as it was trained.
     """
     if path.suffix != ".safetensors":
@@ -86,9 +96,11 @@ def write_lora(
         tmp.write_bytes(data)
         try:
             proof = verify(tmp, lora, base.spec, fmt, base.shapes)
+            checked = "" if check is None else check(tmp)
         except NotProvenError as error:
             raise NotProvenError(f"{path} was not kept: {error}") from error
-    return Written(path=path, sha256=hashlib.sha256(data).hexdigest(), proof=proof, notes=_notes(lora, base.spec, fmt))
+    notes, digest = _notes(lora, base.spec, fmt), hashlib.sha256(data).hexdigest()
+    return Written(path=path, sha256=digest, proof=proof, notes=notes, checked=checked)
 
 
 def convert(source: Path, target: Path, spec: ArchSpec, fmt: Format, shapes: Shapes | None = None) -> Written:

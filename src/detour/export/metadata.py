@@ -52,6 +52,8 @@ class Origin:
     """Given, not taken from the clock: the same run writes the same bytes."""
     adapter_sha256: str | None = None
     """Of the training adapter's file."""
+    patch_sha256: str | None = None
+    """Of the LoRA to draw with it (`preserve.distill_patch`)."""
     job_sha256: str | None = None
     captions: Sequence[str] = ()
     """Counted into tag statistics, and only where `save.include_captions` is set."""
@@ -92,6 +94,8 @@ def _detour(spec: ArchSpec, origin: Origin) -> dict[str, object]:
         "detour.step": origin.step,
         "detour.training_adapter_sha256": adapter,
         "detour.training_adapter_mode": adapter and origin.process.model.assistant_lora_mode,
+        "detour.preserve_strategy": origin.process.preserve.strategy,
+        "detour.distill_patch_sha256": origin.patch_sha256,
         "detour.job_sha256": origin.job_sha256,
     }
 
