@@ -25,6 +25,7 @@ from detour import RefusedError, UserError, adapter, archs, export, files, nano,
 from detour.config.adapter import StopConfig
 from detour.config.job import NetworkConfig
 from detour.config.load import load_job
+from detour.console import describe
 from detour.data import cache, everyday, own_pictures
 from detour.export.inspection import inspect_file
 from detour.nn import lora
@@ -308,6 +309,7 @@ EARLY: dict[str, Any] = {"stop": {"every": 2, "patience": 1, "tolerance": 0.999,
 def test_it_ends_where_the_loss_is_flat_and_the_same_command_has_nothing_to_do(place: Place, tmp_path: Path) -> None:
     ran = made(place, tmp_path, **EARLY)
     (event,) = ran.seen.of("plateau")
+    assert describe(event) == [f"step {event.step}: done: {event.reason}"]
     assert ran.result.finished and ran.result.step == event.step < 40
     losses = [validation.loss for validation in ran.seen.of("validation")]
     assert plateau.judge(losses, StopConfig(**EARLY["stop"])).reason == event.reason

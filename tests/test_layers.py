@@ -32,7 +32,8 @@ TORCH_FREE = (
     "detour", "detour.cli", "detour.console", "detour.events", "detour.files", "detour.seeds", "detour.trackers",
     "detour.config", "detour.archs", "detour.nn.quiet", "detour.checking",
     "detour.data.images", "detour.data.clips", "detour.data.caption_files", "detour.data.scan", "detour.data.buckets",
-    "detour.data.captions", "detour.data.order", "detour.jobs", "detour.queue_commands",
+    "detour.data.captions", "detour.data.order", "detour.data.own_pictures", "detour.data.everyday",
+    "detour.jobs", "detour.queue_commands",
     "detour.steering", "detour.web", "detour.report", "detour.data.health",
 )  # fmt: skip
 EXTERNAL_ONLY_IN_FUNCTIONS = ("diffusers", "transformers")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from command import well
-from detour.nano import drawn
+from detour.nano import drawn, zimage
 
 SIZE = 64  # pixels
 
@@ -38,7 +38,8 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     root = tmp_path_factory.mktemp("world")
-    well("nano", root / "model")
+    well("nano", root / "model", "--random")
+    zimage.write_adapter(root / "model" / "training_adapter.safetensors", root / "model")
     drawn.write_dataset(root / "pictures", n=5, size=SIZE)
     return World(root / "model", root / "model" / "training_adapter.safetensors", root / "pictures")
 

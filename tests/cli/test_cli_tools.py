@@ -288,10 +288,11 @@ def test_nano_lists_and_writes_the_same_files_for_a_seed(tmp_path):
     assert all(same)
 
 
-def test_nano_comes_with_its_adapter_and_pictures(world):
-    assert world.adapter.is_file()
-    pictures = sorted((world.model / "dataset").glob("*.png"))
-    assert len(pictures) == 24
+def test_nano_comes_with_its_adapter_and_pictures(tmp_path):
+    well("nano", tmp_path / "model")
+    assert (tmp_path / "model" / "training_adapter.safetensors").is_file()
+    pictures = sorted((tmp_path / "model" / "dataset").glob("*.png"))
+    assert len(pictures) == 30
     assert all(picture.with_suffix(".txt").is_file() for picture in pictures)
 
 

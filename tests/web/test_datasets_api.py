@@ -20,6 +20,7 @@ from detour import UserError
 from detour.jobs.states import StateError
 from detour.web import datasets
 from detour.web.datasets import Library
+from detour.web.errors import MissingError
 
 TRAVERSAL = [
     "..", ".", "../zig", "..\\zig", "%2e%2e", "..%2fzig", "zig/../zag", "zig;", "zig\0", "/etc", "C:\\x", "\\\\a\\b",
@@ -137,6 +138,24 @@ def test_ids_of_the_trash_reach_nothing_else(client, folder, id):
     ):
         assert answer.status_code in (404, 405), answer.text
     assert datasets_of(before) == datasets_of(tree(folder, hidden=True))
+
+
+def test_other_things_in_the_trash_are_left_alone(client, folder):
+    fill(folder)
+    client.delete("/api/datasets/zig")
+    for name in ("x", "notes-2", "12", "-", "5-empty", "6-two/a", "6-two/b", "zig"):
+        (folder / "trash" / name).mkdir(parents=True)
+    (folder / "trash" / "7-file").write_text("x")
+    assert [one["name"] for one in client.get("/api/datasets").json()["trash"]] == ["zig"]
+
+
+def test_a_dataset_that_has_gone_is_neither_removed_nor_renamed(tmp_path):
+    library = Library(tmp_path)
+    library.create("zig")
+    for change in (lambda: library.remove("zag"), lambda: library.rename("zag", "x")):
+        with pytest.raises(MissingError, match="there is no dataset 'zag'"):
+            change()
+    assert library.names() == ["zig"]
 
 
 def datasets_of(found):
@@ -329,6 +348,12 @@ def test_the_listing_is_read_again_only_where_a_folder_changed(tmp_path, monkeyp
     assert len(dataset.listing().pictures) == 5, "changed within the same tick of the clock, perhaps"
     (place / "sub" / "new.png").unlink()
     assert len(dataset.listing().pictures) == 4
+    for folder in (place, place / "sub"):
+        os.utime(folder, (old, old))
+    assert len(dataset.listing().pictures) == 4
+    (place / "sub" / "new3.png").write_bytes(png(9))
+    os.utime(place / "sub", (old + 1, old + 1))  # unpacked by a program that sets times, say
+    assert len(dataset.listing().pictures) == 5
 
 
 def test_files_are_sorted_by_what_they_are(tmp_path):

@@ -73,7 +73,15 @@ def test_a_caption_that_appeared_meanwhile_is_not_overwritten(client, place):
     assert (place / "new.txt").read_text() == "mine"
 
 
-def test_of_two_that_save_at_once_one_is_told(client, place):
+def test_of_two_that_save_at_once_one_is_told(client, place, monkeypatch):
+    real = captions_edit.read
+
+    def slowly(*given):
+        found = real(*given)
+        time.sleep(0.1)  # time for the others to see the same
+        return found
+
+    monkeypatch.setattr(captions_edit, "read", slowly)
     dataset = client.app.state.library.dataset("zig")
     seen, start, answers = captions_edit.read(dataset, "0.png").version, threading.Barrier(4), []
 

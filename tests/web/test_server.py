@@ -30,7 +30,17 @@ from detour.web import server
 from detour.web.server import Keeper, Options
 from queueing import SETTLED, Farm, farm, job_text, kill, until
 
+has_display = server._has_display
 COMMAND = [sys.executable, "-P", "-m", "detour", "ui", "--no-browser", "--port", "0"]
+
+
+@pytest.fixture(autouse=True)
+def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, socket.socket]]:
+    """What would be served in this process, instead of serving it: a guard that is gone must not leave a server."""
+    found: list[tuple[Any, socket.socket]] = []
+    monkeypatch.setattr(server, "_run", lambda app, listener: found.append((app, listener)))
+    monkeypatch.setattr(server, "_has_display", lambda: False)
+    return found
 
 
 class Running:
@@ -264,15 +274,6 @@ def test_other_machines_are_not_let_in_with_a_weak_token(tmp_path: Path, monkeyp
         assert "at least 16" in ran.err
 
 
-@pytest.fixture
-def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, socket.socket]]:
-    """What would be served, instead of serving it."""
-    found: list[tuple[Any, socket.socket]] = []
-    monkeypatch.setattr(server, "_run", lambda app, listener: found.append((app, listener)))
-    monkeypatch.setattr(server, "_has_display", lambda: False)
-    return found
-
-
 def test_with_a_token_other_machines_are_let_in(
     tmp_path: Path, started: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -336,11 +337,11 @@ def test_a_display_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("SSH_CONNECTION", "DISPLAY", "WAYLAND_DISPLAY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(sys, "platform", "linux")
-    assert not server._has_display()
+    assert not has_display()
     monkeypatch.setenv("WAYLAND_DISPLAY", "wayland-0")
-    assert server._has_display()
+    assert has_display()
     monkeypatch.setenv("SSH_CONNECTION", "10.0.0.1 1 10.0.0.2 22")
-    assert not server._has_display()
+    assert not has_display()
 
 
 # --- the keeper -----------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import web_client
 from command import detour
 from detour import files
 from detour.jobs.store import Store
+from detour.web import server
 from faults import Trap, disk_full, leftovers, trapped
 from queueing import job_text
 
@@ -87,6 +88,7 @@ def test_a_server_that_finds_no_space_says_so(tmp_path: Path, monkeypatch: pytes
             disk_full()()
 
     monkeypatch.setattr(files, "write_bytes", full)
+    monkeypatch.setattr(server, "_run", lambda *_: None)
     ran = detour("ui", "--folder", tmp_path / "folder", "--port", 0, "--no-browser")
     assert ran.code == 2
     assert "no space" in ran.err

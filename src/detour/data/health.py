@@ -222,7 +222,7 @@ def beyond_scan(
     """What the report adds to the findings of a scan, dataset by dataset."""
     for index, config in enumerate(datasets):
         subjects = [
-            Subject(key=picture.key, captions=picture.captions, facts=_facts(picture))
+            Subject(key=picture.key, captions=picture.captions, facts=_facts(picture, found.looks[picture.path]))
             for picture in found.pictures
             if picture.dataset == index
         ]
@@ -235,10 +235,10 @@ def beyond_scan(
             yield config, finding
 
 
-def _facts(picture: Picture) -> Facts:
+def _facts(picture: Picture, look: bytes) -> Facts:
     return Facts(
         picture.sha256, picture.width, picture.height, kind="", alpha=picture.alpha, sharpness=math.inf, notes=(),
-        look=picture.look,
+        look=look,
     )  # fmt: skip
 
 

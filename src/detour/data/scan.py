@@ -50,8 +50,6 @@ class Picture:
     """Something in it is transparent."""
     frames: int = 1
     """Of a clip: see `images.Facts`. A clip is called a picture here; its key may be that of a folder of frames."""
-    look: bytes = b""
-    """See `images.Facts`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +78,8 @@ class Scan:
     skipped: list[Problem]
     """Left out, as `bad_images: skip` asks."""
     findings: list[Finding]
+    looks: dict[Path, bytes] = field(default_factory=dict)
+    """Of each picture; see `images.Facts`. Not held by the pictures, which stay in memory for the whole run."""
 
 
 @dataclass(slots=True)
@@ -156,7 +156,8 @@ def scan(
         raise _error(errors, fatal)
     skipped = [problem for draft in drafts for problem in _problems(draft)]
     pictures = [_picture(draft, key) for draft in drafts for key in draft.usable]
-    return Scan(pictures, skipped, [finding for draft in drafts for finding in draft.findings])
+    looks = {draft.folder / key: draft.facts[key].look for draft in drafts for key in draft.usable}
+    return Scan(pictures, skipped, [finding for draft in drafts for finding in draft.findings], looks)
 
 
 def _problems(draft: _Draft) -> list[Problem]:
@@ -191,7 +192,6 @@ def _picture(draft: _Draft, key: str) -> Picture:
         control_sha256=control[1] if control else None,
         alpha=facts.alpha,
         frames=facts.frames,
-        look=facts.look,
     )
 
 
