@@ -182,6 +182,7 @@ def counted(name: str = "zimage") -> Iterator[list[int]]:
         yield calls
 
 
+@pytest.mark.slow
 def test_what_it_costs_in_forward_passes(place: Place, tmp_path: Path) -> None:
     """Drawing, training, measuring, and the drift meter's ends: as docs/adapter.md counts. A resumed run draws none."""
     drawing, training, measuring = 3 * PICTURES, STEPS, 4 * HELD_OUT * (STEPS // EVERY + 1)
@@ -274,6 +275,7 @@ def test_prompts_come_from_a_file_or_from_everyday_subjects(tmp_path: Path) -> N
 # --- the training ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_held_out_loss_really_falls(place: Place, tmp_path: Path) -> None:
     """The control of the next test: with a rate at which something is learnt."""
     ran = made(
@@ -391,6 +393,7 @@ def killed_when(path: Path, ready: Callable[[], bool]) -> None:
     assert process.exitcode == -9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("phase", ["drawing", "training"])
 def test_killed_and_run_again_it_ends_as_if_it_had_not_been(done: Done, phase: str) -> None:
     folder = done.job.parent / "ad"

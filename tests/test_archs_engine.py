@@ -71,6 +71,7 @@ def test_it_overfits_one_batch(mini: Mini) -> None:
     assert losses[-1] < losses[0] / 3, (losses[0], losses[-1])
 
 
+@pytest.mark.slow
 @rows
 def test_weights_give_the_same_prediction_again(mini: Mini, weights: dict[str, torch.Tensor]) -> None:
     z0, _ = mini.batch()

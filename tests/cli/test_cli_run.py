@@ -387,6 +387,7 @@ def test_two_runs_in_one_folder_are_refused(tmp_path, write_job):
 # --- a program of its own ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_as_a_program_nothing_but_its_own_lines_is_seen(tmp_path, write_job):
     """Libraries say much while they are imported; none of it may reach the user. Names are odd on purpose."""
     home = tmp_path / "my jobs: ünsere"

@@ -320,6 +320,7 @@ def test_schema_is_a_json_schema_that_knows_the_job_file():
     assert schema["$defs"]["TrainConfig"]["additionalProperties"] is False
 
 
+@pytest.mark.slow
 def test_demo_says_where_everything_is(tmp_path):
     out = tmp_path / "it's: a demo"
     ran = well("demo", "--out", out, "--steps", 2)

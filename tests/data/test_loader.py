@@ -159,6 +159,7 @@ def test_missing_caption_is_named(kit, made):
         take(kit, made, 1)
 
 
+@pytest.mark.slow
 def test_workers_leave_ctrl_c_to_the_main_process_and_end_with_it(kit, made):
     """SIGINT goes to the whole group of a terminal; the batches go on, and nobody is left behind."""
     (kit.root / "what.pickle").write_bytes(pickle.dumps((made, source(kit, made))))

@@ -124,6 +124,7 @@ def average(folder: Path) -> bytes:
 SHORT = ["--steps", "4", "--judge", "2", "--judge-every", "100"]
 
 
+@pytest.mark.slow
 def test_training_on_after_a_stop_gives_the_same_bits(
     tmp_path: Path, tiny: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -202,7 +203,7 @@ def test_the_turbo_learns_secants_of_guided_paths(folder: Path, tmp_path: Path, 
     with torch.no_grad():
         assert turbo.loss_at(teacher, paths, 3, seed=0) > 1e-3
     with pytest.raises(SystemExit, match="choose another --out"):
-        turbo.main([*command, "--guidance", "3"])
+        turbo.main([*command, "--guidance", "2"])
 
 
 def test_bad_input_to_the_turbo_is_explained(tmp_path: Path, tiny: None) -> None:

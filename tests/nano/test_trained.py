@@ -59,16 +59,17 @@ def test_the_field_of_the_turbo_is_no_flow_matching_field() -> None:
     assert figures.flow_matching_loss(model("turbo"), 64) > 1.2 * figures.flow_matching_loss(model("base"), 64)
 
 
-def test_the_adapter_makes_an_ordinary_model_of_the_turbo() -> None:
-    assert right("turbo", 8, adapter=True) < right("turbo", 8) - 0.2, "few steps no longer do"
+@pytest.mark.slow
+def test_the_adapter_makes_the_field_of_the_turbo_an_ordinary_one() -> None:
+    """Its few steps stay good, though: an ordinary model of so easy a world draws in 8 (docs/miniature.md)."""
     loss = {on: figures.flow_matching_loss(model("turbo", adapter=on), 64) for on in (False, True)}
-    assert loss[True] < loss[False]
+    assert loss[True] < 0.6 * loss[False]
+    assert right("turbo", 8, adapter=True) < right("turbo", 8)
 
 
 @pytest.mark.slow
-def test_many_guided_steps_recover_what_the_adapter_took() -> None:
-    assert right("turbo", 32, 2.5, adapter=True) > right("turbo", 8, adapter=True) + 0.15
-    assert right("base", 32, 2.5) > right("base", 8) + 0.3
+def test_the_base_needs_guidance() -> None:
+    assert right("base", 32, 3.0) > right("base", 32) + 0.3
 
 
 def test_what_is_written_is_what_ships(tmp_path: Path) -> None:

@@ -186,6 +186,7 @@ def losses_of(world: Path, folder: Path, controls: dict[str, float] | None, **da
     return [event.loss for event in ran.seen.of("step")]
 
 
+@pytest.mark.slow
 def test_a_run_is_told_of_pictures_and_goes_on_bit_for_bit(world: Path, tmp_path: Path) -> None:
     control = {"control_path": str(world / "controls")}
     options = {"control_dropout": 0.5, "inpaint": 0.5}

@@ -95,6 +95,7 @@ def test_the_patch_may_change_between_sessions(world: World, models: dict[str, s
     assert not [warning for warning in again.seen.warnings if "changed" in warning]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", pytest.param("dora", marks=pytest.mark.slow)])
 def test_a_lora_of_the_base_is_drawn_on_the_turbo(
     world: World, models: dict[str, str], tmp_path: Path, kind: str

@@ -93,6 +93,7 @@ def test_measuring_leaves_training_alone(world: World, tmp_path: Path) -> None:
     assert weights[0] == weights[1]
 
 
+@pytest.mark.slow
 def test_an_alarm_warns_and_stops_and_the_last_checkpoint_below_it_stays(world: World, tmp_path: Path) -> None:
     levels = {e.step: e.drift for e in run(job(world, tmp_path / "a", **options(every=1))).seen.of("drift")}
     assert levels[1] < levels[2] < levels[3]

@@ -160,6 +160,7 @@ def test_killed_at_every_call_of_the_first_save(tmp_path, state, moments, least)
     assert kill_at_each_call(lambda: reset(folder), lambda: save(folder, state(1)), check, moments) > least
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("state", "moments", "least"), [quick, full])
 def test_killed_at_every_call_of_save_and_prune(tmp_path, state, moments, least):
     folder = tmp_path / "checkpoints"
@@ -180,6 +181,7 @@ def test_killed_at_every_call_of_save_and_prune(tmp_path, state, moments, least)
     assert seen == sorted(seen)  # the old one up to some call, and the new one from there on
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("state", "moments", "least"), [quick, full])
 def test_killed_at_every_call_of_replacing_the_only_checkpoint(tmp_path, state, moments, least):
     folder = tmp_path / "checkpoints"

@@ -387,6 +387,7 @@ for name in sys.argv[3:]:
 """
 
 
+@pytest.mark.slow
 def test_resuming_in_another_process_is_bit_exact(tmp_path):
     expected = {}
     for name in ALL:

@@ -19,6 +19,7 @@ def data(html: bytes) -> dict:
     return json.loads(re.search(rb'<script type="application/json" id="data">(.*?)</script>', html)[1])
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_and_goes_on_leaves_its_report_each_time(world, tmp_path):
     sample = {"disable_sampling": False, "skip_first_sample": True, "sample_steps": 1, "prompts": ["a zig"]}
     sections = {"sample": sample, "preserve": {"drift": {"measure": True, "budget": 9.0, "every": 3}}}

@@ -158,6 +158,7 @@ def test_a_second_run_in_a_folder_is_refused_and_disturbs_nothing(world, tmp_pat
 # --- processes of their own -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_command_as_a_user_starts_and_interrupts_it(world, tmp_path):
     path = long_job(world, tmp_path)
     command = [sys.executable, "-m", "detour.cli", "run", str(path)]

@@ -344,6 +344,7 @@ def file_of(ran: Ran, fmt: str) -> Path:
     return ran.result.folder / (f"{NAME}.safetensors" if fmt == FORMATS[0] else f"{NAME}.{fmt}.safetensors")
 
 
+@pytest.mark.slow
 @each
 @formats
 def test_the_pipeline_draws_with_the_file_what_the_run_draws(

@@ -143,7 +143,7 @@ def test_ids_of_the_trash_reach_nothing_else(client, folder, id):
 def test_other_things_in_the_trash_are_left_alone(client, folder):
     fill(folder)
     client.delete("/api/datasets/zig")
-    for name in ("x", "notes-2", "12", "-", "5-empty", "6-two/a", "6-two/b", "zig"):
+    for name in ("x/a", "notes-2/a", "12/a", "-/a", "-5/a", "5-empty", "6-two/a", "6-two/b", "zig/a"):
         (folder / "trash" / name).mkdir(parents=True)
     (folder / "trash" / "7-file").write_text("x")
     assert [one["name"] for one in client.get("/api/datasets").json()["trash"]] == ["zig"]

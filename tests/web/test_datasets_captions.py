@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 import time
@@ -129,6 +130,15 @@ def test_captions_that_cannot_be_read_say_so_and_come_back_to_the_byte(client, p
         client.post(f"/api/datasets/zig/history/{change['id']}/undo", json={})
         assert (place / "0.txt").read_bytes() == data
         (place / ".detour" / "history").rename(place / ".detour" / f"away{len(data)}")
+
+
+def test_what_is_far_too_long_for_a_caption_is_not_even_read(client, place, monkeypatch):
+    with (place / "0.txt").open("wb") as file:
+        file.truncate(1 << 40)
+    found = read(client)
+    assert "longer than 64 KiB" in found["problem"]
+    os.utime(place / "0.txt", (5, 5))
+    assert read(client)["version"] != found["version"]
 
 
 @pytest.mark.parametrize("text", ["a\0b", "x" * 65537, "猫" * 30_000])

@@ -204,6 +204,19 @@ def test_what_is_typed_in_one_go_is_one_change(history, monkeypatch):
     assert (history.root / "b.txt").read_bytes() == b"by an editor", "what came from elsewhere is kept too"
 
 
+def test_a_huge_file_in_a_captions_place_is_moved_and_never_read(history):
+    with (history.root / "a.txt").open("wb") as file:
+        file.truncate(1 << 40)
+    with history.change("remove", "One") as draft:
+        draft.drop("a.png")
+        draft.drop_text("a.txt")
+    assert not (history.root / "a.txt").exists()
+    history.undo(1)
+    assert (history.root / "a.txt").stat().st_size == 1 << 40
+    with pytest.raises(UserError, match=r"a\.txt is far too large for a caption"):
+        history.edit("a.txt", "Caption of a.png", b"new")
+
+
 def test_emptied_it_keeps_nothing_and_changes_nothing(history):
     remove(history)
     assert history.kept_bytes() > len(png(ord("a")))
@@ -231,6 +244,7 @@ def some(*kinds: str) -> list:
     return [kind if kind in kinds else pytest.param(kind, marks=pytest.mark.slow) for kind in CHANGES]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", some("replace"))
 def test_killed_at_any_call_a_change_is_made_whole_or_not_at_all(tmp_path, kind):
     with folder_in_memory(tmp_path) as place:
@@ -259,6 +273,7 @@ def test_killed_at_any_call_a_change_is_made_whole_or_not_at_all(tmp_path, kind)
         assert outcomes == {"before", "after"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", some("bulk"))
 def test_killed_at_any_call_of_undoing_it_is_done_or_not(tmp_path, kind):
     with folder_in_memory(tmp_path) as place:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import http.client
 import io
 import socket
@@ -19,6 +18,7 @@ from PIL.PngImagePlugin import PngInfo
 import web_client
 from datasets_made import fill, png, put, tree
 from detour import UserError, files
+from detour.jobs.states import StateError
 from detour.web import dataset_views_api, uploads
 from faults import Trap, disk_full, leftovers, trapped
 
@@ -337,14 +337,22 @@ def test_several_at_once_and_no_more_than_so_many(server, client, place, monkeyp
     assert put(client, "5.png", png(20)).status_code == 200, "their places are free again"
 
 
-def test_the_same_name_from_two_sides_is_taken_once(client, place):
-    answers, start = [], threading.Barrier(4)
+def test_the_same_name_from_two_sides_is_taken_once(client, place, monkeypatch):
+    class Slow(uploads._Room):
+        def __init__(self, *given, **named):
+            super().__init__(*given, **named)
+            time.sleep(0.1)  # time for the others to see the same
+
+    monkeypatch.setattr(uploads, "_Room", Slow)
+    answers, refused, start = [], [], threading.Barrier(4)
     dataset = client.app.state.library.dataset("zig")
 
     def send(seed: int) -> None:
         start.wait(20)
-        with contextlib.suppress(UserError):
+        try:
             answers.append((seed, uploads.receive(dataset, "one.png", [png(seed)], None, replace=False).outcome))
+        except StateError:
+            refused.append(seed)
 
     threads = [threading.Thread(target=send, args=(seed,)) for seed in range(4)]
     for thread in threads:
@@ -352,6 +360,7 @@ def test_the_same_name_from_two_sides_is_taken_once(client, place):
     for thread in threads:
         thread.join(30)
     ((seed, outcome),) = answers
+    assert len(refused) == 3
     assert outcome == "added"
     assert (place / "one.png").read_bytes() == png(seed)
 

@@ -297,6 +297,14 @@ def test_damage_is_said(client, place):
     assert "the ZIP is damaged at x.png" in refused(client, place, bytes(broken))
 
 
+@pytest.mark.parametrize("shift", [1000, -5, 2**31 - 1, 5])
+def test_lists_that_lead_to_no_place_are_damage(client, place, shift):
+    data = bytearray(pack([("x.png", png(1))]))
+    at = data.rindex(b"PK\5\6") + 16  # where the list begins, as the end says; all other places count from there
+    data[at : at + 4] = struct.pack("<I", struct.unpack("<I", data[at : at + 4])[0] + shift)
+    assert "the ZIP is damaged" in refused(client, place, bytes(data))
+
+
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_flipped_bytes_give_a_sentence_or_a_whole_and_never_leave_the_folder(client, place, data):

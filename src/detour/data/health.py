@@ -213,7 +213,8 @@ def findings(
             found[kind].append(Item((subject.key,), note))
     for kind, group in _of_all(subjects, without):
         found[kind].append(group)
-    return [Finding(kind, tuple(found[kind])) for kind in RULES if found[kind] and kind not in without]
+    order = sorted(RULES, key=lambda kind: ("stop", "warning", "note").index(RULES[kind].severity))
+    return [Finding(kind, tuple(found[kind])) for kind in order if found[kind] and kind not in without]
 
 
 def beyond_scan(

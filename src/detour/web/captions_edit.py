@@ -184,10 +184,10 @@ def _remembered(path: Path, known: _Known) -> Caption:
 
 def _read(path: Path) -> Caption:
     try:
-        if path.stat().st_size > LARGEST:
-            return Caption(
-                None, _version(path.read_bytes()), f"is longer than {LARGEST >> 10} KiB, so it is no caption"
-            )
+        found = path.stat()
+        if found.st_size > LARGEST:
+            problem = f"is longer than {LARGEST >> 10} KiB, so it is no caption"
+            return Caption(None, f"{found.st_size}-{found.st_mtime_ns}", problem)
         data = path.read_bytes()
     except FileNotFoundError:
         return NONE

@@ -28,6 +28,7 @@ from detour.web.errors import MissingError
 PRIVATE = ".detour"
 """The folder in each dataset for what is not part of it. Hidden, so training passes it over."""
 LISTED = 5  # files named in an error; the rest is counted
+LARGEST_TEXT = 1 << 20  # bytes of a caption that the history holds in its lines
 FEW = 32  # captions that are written one by one
 MERGE = 120.0  # seconds in which further edits of one caption belong to the change that began there
 
@@ -94,8 +95,12 @@ class Draft:
         self.entries.append(Entry(key, self._text(key), data))
 
     def drop_text(self, key: str) -> None:
-        """A caption is to go."""
-        self.entries.append(Entry(key, self._text(key), None))
+        """A caption is to go. One that is none, by its size, is moved as a picture is."""
+        path = self.root / key
+        if path.is_file() and path.stat().st_size > LARGEST_TEXT:
+            self.drop(key)
+        else:
+            self.entries.append(Entry(key, self._text(key), None))
 
     def drop(self, key: str) -> None:
         """A picture is to go."""
@@ -112,6 +117,8 @@ class Draft:
 
     def _text(self, key: str) -> bytes | None:
         path = self.root / key
+        if path.is_file() and path.stat().st_size > LARGEST_TEXT:
+            raise UserError(f"{key} is far too large for a caption; move it away")
         return path.read_bytes() if path.is_file() else None
 
     def _there(self, key: str) -> Kept | None:
