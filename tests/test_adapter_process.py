@@ -308,6 +308,7 @@ EARLY: dict[str, Any] = {"stop": {"every": 2, "patience": 1, "tolerance": 0.999,
 """Ends as soon as the loss has fallen and a later measurement has not brought nearly all of that fall."""
 
 
+@pytest.mark.slow
 def test_it_ends_where_the_loss_is_flat_and_the_same_command_has_nothing_to_do(place: Place, tmp_path: Path) -> None:
     ran = made(place, tmp_path, **EARLY)
     (event,) = ran.seen.of("plateau")
@@ -579,6 +580,7 @@ def test_a_file_before_anything_was_learnt_does_not_end_the_run(place: Place, tm
 # --- other architectures ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arch", "steps", "kind"),
     [

@@ -64,6 +64,7 @@ def frames_of(path):
 # --- training ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_clips_are_trained_and_previewed_and_go_on_bit_for_bit(job, tmp_path):
     sample = {"disable_sampling": False, "num_frames": 5, "prompts": ["a zig", {"prompt": "a dog", "num_frames": 1}]}
     train = {"steps": 4, "batch_size": 2, "loss_type": "wavelet"}

@@ -337,6 +337,7 @@ def sharpness(folder, picture, resolution):
     return images.check(folder / "measured.png", Budget(), resolution).sharpness
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["coffee.png", "chelsea.png", "rocket.jpg", "camera.png", "moon.png", "brick.png"])
 def test_sharpness_tells_photographs_from_blurred_and_enlarged_ones(tmp_path, name):
     from pathlib import Path

@@ -171,6 +171,7 @@ def test_loss_depends_on_the_step_and_the_seed_alone(model: Miniature, tiny: Non
     assert losses[0] == losses[1] and len(set(losses)) == 3
 
 
+@pytest.mark.slow
 def test_the_turbo_learns_secants_of_guided_paths(folder: Path, tmp_path: Path, tiny: None) -> None:
     command = ["--base", str(folder), "--out", str(tmp_path / "turbo"), "--few", "2", "--paths", "4", *SHORT]
     with pytest.raises(SystemExit, match="0 of 4 trajectories"):

@@ -84,6 +84,7 @@ def test_figures_are_what_they_say(world: World, tmp_path: Path) -> None:
     assert last.spread == pytest.approx(spread(a) / spread(b), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_measuring_leaves_training_alone(world: World, tmp_path: Path) -> None:
     plain = options()
     plain["preserve"] = {}

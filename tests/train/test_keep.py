@@ -87,6 +87,7 @@ COSTS = {
 QUICK = {"prior_anchor", "self_distill", "delta", "pso", "de_turbo"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "strategy", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in STRATEGIES]
 )

@@ -392,6 +392,7 @@ def archs_mid(place: Place, name: str) -> list[str]:
     return lora.linear_names(archs.get(name).build_denoiser(source), spec, NetworkConfig.model_validate(MID))
 
 
+@pytest.mark.slow
 @two
 @formats
 def test_detour_sample_draws_with_the_encoders_part(
