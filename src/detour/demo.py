@@ -1,4 +1,4 @@
-"""`detour demo`: the main job on the embedded miniature turbo, beside the same job without its training adapter."""
+"""`detour demo`: the main job on the embedded miniature turbo, beside plain training of the same concept."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw
 from detour import files, nano
 from detour.config.load import load_job
 from detour.events import DriftEvent, read_events
+from detour.nano import world
 from detour.train.control import Control
 from detour.train.session import run_job
 
@@ -41,15 +42,16 @@ class Way:
     model: str
     """Lines of the section `model` besides the model itself."""
     strategy: str
+    """The section `preserve`, in one line."""
 
 
 WAYS = (
-    Way(name="zig_plain", title="trained without adapter", model="", strategy="none"),
+    Way(name="zig_plain", title="trained plainly", model="", strategy="strategy: none"),
     Way(
         name="zig",
-        title="trained with adapter",
+        title="trained around it",
         model="        assistant_lora_path: '{folder}/miniature/training_adapter.safetensors'\n",
-        strategy="training_adapter",
+        strategy="strategy: prior_anchor, weight: 1.0, prompts: {neutral}",
     ),
 )
 JOB = """\
@@ -75,9 +77,7 @@ config:
         gradient_checkpointing: false
         cache_folder: '{folder}/cache'
       network: {{type: lora, linear: 16}}
-      preserve:
-        strategy: {strategy}
-        drift: {{measure: true, every: {steps}, prompts: {others}}}
+      preserve: {{{strategy}, drift: {{measure: true, every: {steps}, prompts: {others}}}}}
       save: {{save_every: 100, formats: [comfy, diffusers]}}
       sample:
         width: 128
@@ -112,7 +112,7 @@ def _job(way: Way, folder: Path, steps: int) -> str:
         title=way.title,
         name=way.name,
         model=way.model.format(folder=quoted),
-        strategy=way.strategy,
+        strategy=way.strategy.format(neutral=[prompt.text for prompt in world.prompts(24, seed=11)]),
         steps=steps,
         prompts=list(CONCEPT + OTHERS),
         others=list(OTHERS),

@@ -327,7 +327,7 @@ def test_demo_says_where_everything_is(tmp_path):
     for line in ("comparison.png", "output/zig/zig.safetensors", "output/zig/report.html", "zig_plain.yaml"):
         assert str(out / line) in ran.out
         assert (out / line).exists()
-    drifts = [float(line.split()[-1]) for line in ran.out.splitlines() if line.startswith("  trained with")]
+    drifts = [float(line.split()[-1]) for line in ran.out.splitlines() if line.startswith("  trained ")]
     assert len(drifts) == 2
     assert all(0 < drift < 0.5 for drift in drifts), "two steps move little, but something"
     with Image.open(out / "comparison.png") as sheet:
