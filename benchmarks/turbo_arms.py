@@ -56,20 +56,12 @@ class Arm:
     """Train on the undistilled base; draw with the turbo."""
     patch: float = 0.0
     """Draw with the adapter at minus this strength: a patch that leads back."""
-    continues: str = ""
-    """A finishing phase after another arm: begins from its LoRA at the end."""
-    rich: bool = False
-    """The teacher is told the picture."""
     control: bool = False
-    sweep: bool = False
-    """Run for one concept and one training seed only."""
 
 
 def _preserve(strategy: str, **options: Any) -> dict[str, dict[str, Any]]:
     return {"preserve": {"strategy": strategy} | options}
 
-
-PRIOR = {"states": "rollout", "target": "frozen", "told": "neutral"}
 
 ARMS = (
     Arm(name="none", what="plain training on the turbo"),

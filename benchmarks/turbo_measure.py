@@ -7,7 +7,7 @@ Shapes: N pictures, H W cells.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -47,7 +47,6 @@ class Judge:
     model: Path
     concept: str
     scale: Scale
-    _before: dict[tuple[int, float], list[Pictures]] = field(default_factory=dict)
 
     @cached_property
     def weights(self) -> Mapping[str, torch.Tensor]:
@@ -81,13 +80,14 @@ class Judge:
         model = self.with_loras(way.loras)
         told = self._drawings(model, self.concept_prompts, way, self.scale.seeds)
         others = self._drawings(model, self.other_prompts, way, self.scale.seeds)
-        before = self.before(way)
         of_concept, of_others = self._scores(told, self.concept_prompts), self._scores(others, self.other_prompts)
         found: dict[str, object] = {
             "concept": _summary(of_concept),
             "other": _summary(of_others),
             "other_strict": of_others.strict_N.astype(int).reshape(len(others), -1).tolist(),
-            "drift": [[round(float(d), 5) for d in judge.drift(a, b)] for a, b in zip(others, before, strict=True)],
+            "drift": [
+                [round(float(d), 5) for d in judge.drift(a, b)] for a, b in zip(others, self.before, strict=True)
+            ],
             "leak": float(np.mean([shown == self.concept for shown in of_others.shows])),
             "diversity": judge.diversity(np.clip(np.stack(told, axis=1), 0, 1)),
         }
@@ -100,13 +100,10 @@ class Judge:
     def _scores(self, drawings: Sequence[Pictures], prompts: Sequence[Prompt]) -> judge.Scores:
         return judge.score(np.concatenate(drawings), list(prompts) * len(drawings))
 
-    def before(self, way: Way) -> list[Pictures]:
+    @cached_property
+    def before(self) -> list[Pictures]:
         """What the untouched model draws for the other prompts, few steps, no guidance: what every way is held to."""
-        key = (FEW, 1.0)
-        if key not in self._before:
-            plain = Way()
-            self._before[key] = self._drawings(self.with_loras(()), self.other_prompts, plain, self.scale.seeds)
-        return self._before[key]
+        return self._drawings(self.with_loras(()), self.other_prompts, Way(), self.scale.seeds)
 
     def _drawings(
         self, model: miniature.Miniature, prompts: Sequence[Prompt], way: Way, seeds: Sequence[int]

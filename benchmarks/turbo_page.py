@@ -174,7 +174,7 @@ def _matched(curves: Mapping[tuple[str, int], Curve], concept: str | None) -> di
 
 
 def _arms(runs: Runs) -> list[Arm]:
-    return [arm for arm in ARMS if arm.name in runs and not arm.sweep]
+    return [arm for arm in ARMS if arm.name in runs]
 
 
 def draw_curves(runs: Runs, out: Path) -> None:
