@@ -97,14 +97,16 @@ def judged(places: Places, judge: Judge, concept: str, arm: Arm, seed: int) -> l
     patch = ((places.adapter, -arm.patch),) if arm.patch else ()
     for step in (0, *places.scale.points):
         loras = () if step == 0 else ((places.lora(concept, arm.name, seed, step), 1.0), *patch)
-        found.append({"step": step} | judge.figures(Way(loras=loras)))
+        many = step in (0, places.scale.steps)
+        found.append({"step": step} | judge.figures(Way(loras=loras), many=many))
     return found
 
 
 def line(points: Sequence[dict[str, object]]) -> str:
-    """A run in a line: concept / other prompts / drift at each point."""
+    """A run in a line: concept as told / others right / grain of others / drift, at each point."""
     return "  ".join(
-        f"{p['step']}: {p['concept']['strict']:.2f}/{p['other']['strict']:.2f}/{mean_drift(p):.3f}"  # type: ignore[index]
+        f"{p['step']}: {p['concept']['as_told']:.2f}/{p['other']['strict']:.2f}/{p['other']['grain']:.2f}"  # type: ignore[index]
+        f"/{mean_drift(p):.3f}"
         for p in points
     )
 

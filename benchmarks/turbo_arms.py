@@ -35,8 +35,8 @@ class Scale:
 
 
 FULL = Scale(
-    points=(50, 100, 150, 200, 300, 400, 600, 800, 1200, 1600),
-    save_every=50, others=32, told=24, seeds=(50_000, 60_000, 70_000, 80_000),
+    points=(50, 100, 200, 300, 400, 600, 800, 1200),
+    save_every=50, others=24, told=16, seeds=(50_000, 60_000, 70_000, 80_000),
 )  # fmt: skip
 QUICK = Scale(points=(1, 2), save_every=1, others=2, told=2, seeds=(50_000, 60_000))
 """To see that everything runs."""
@@ -89,6 +89,12 @@ ARMS = (
         adapter=True,
         changes=_preserve("prior_anchor", weight=1.0),
     ),
+    Arm(
+        name="self_distill",
+        what="told by the untouched model, which is shown the picture",
+        changes=_preserve("self_distill", teacher_told="picture", gate="off"),
+    ),
+    Arm(name="pso", what="prefers the pictures to own ones, with a reference", changes=_preserve("pso")),
     Arm(name="patch", what="plain training, drawn with the adapter taken away once more", patch=1.0),
     Arm(name="lr0", what="control: a rate of nothing", changes={"train": {"lr": 1e-12}}, control=True),
 )

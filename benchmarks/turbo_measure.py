@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from detour.nano.world import Pictures, Prompt
 
 FEW, MANY = 8, 32
-KEPT = ("strict", "clean", "sharpness", "mud", "present", *world.ATTRIBUTES)
+KEPT = ("strict", "as_told", "clean", "sharpness", "grain", "mud", "present", *world.ATTRIBUTES)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,9 @@
 """Tables, curves and picture grids of the experiment, with intervals. Part of `turbo.py`.
 
-Arms are compared where they have learnt the concept equally well: at the first step at which the share of right
-pictures of the concept reaches `MATCHED`, between two judged steps on a straight line. Every drawing seed and prompt is
-the same in all arms, so differences are paired; intervals are bootstraps over training seeds and prompts.
+Arms are compared where they have learnt the concept equally well: at the first step at which the share of pictures of
+the concept that are as told reaches `MATCHED`, between two judged steps on a straight line. As told, and not clean: an
+arm that has lost its few steps draws no clean picture at all, and that is to be seen beside it. Every drawing seed and
+prompt is the same in all arms, so differences are paired; intervals are bootstraps over training seeds and prompts.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class Curve:
         points = json.loads(path.read_text(encoding="utf-8"))["points"]
         return cls(
             steps=np.array([p["step"] for p in points], float),
-            concept=np.array([p["concept"]["strict"] for p in points], float),
+            concept=np.array([p["concept"]["as_told"] for p in points], float),
             drift_SPN=np.array([p["drift"] for p in points], float),
             right_SPN=np.array([p["other_strict"] for p in points], float),
             points=points,
@@ -69,13 +70,14 @@ class Curve:
 
     def figure(self, index: float, *keys: str) -> float:
         """A figure of the judge between two points."""
-        values = []
-        for point in self.points:
+        low = min(int(index), len(self.points) - 1)
+        share, values = index - low, []
+        for point in self.points[low : low + 2] if share else [self.points[low]]:
             value: Any = point
             for key in keys:
                 value = value[key]
-            values.append(value)
-        return float(self.at(index, np.array(values, float)))
+            values.append(float(value))
+        return values[0] + share * (values[-1] - values[0])
 
 
 def load(places: Places) -> Runs:
@@ -126,7 +128,7 @@ def matched_table(runs: Runs, concept: str | None = None) -> str:
             continue
         best = max(float(curve.concept.max()) for curve in curves.values())
         if not reached:
-            rows.append([arm.name, f"0 of {len(curves)} (best {best:.2f})", *["-"] * 7])
+            rows.append([arm.name, f"0 of {len(curves)} (best {best:.2f})", *["-"] * 9])
             continue
         drift = {key: curves[key].at(index, curves[key].drift_SPN) for key, index in reached.items()}
         cells = [arm.name, f"{len(reached)} of {len(curves)}"]
@@ -139,10 +141,11 @@ def matched_table(runs: Runs, concept: str | None = None) -> str:
             shared = set(theirs) & set(drift)
             same = arm.name == rival or not shared
             cells.append("-" if same else "{:.2f} ({:.2f} to {:.2f})".format(*interval(drift, theirs)))
-        for keys in (("other", "strict"), ("other", "sharpness"), ("leak",)):
+        for keys in (("concept", "grain"), ("other", "as_told"), ("other", "grain"), ("other", "strict"), ("leak",)):
             cells.append(f"{np.mean([curves[k].figure(i, *keys) for k, i in reached.items()]):.2f}")
         rows.append(cells)
-    head = ["arm", "reached", "at step", "drift (95 %)", "to none", "to adapter", "others right", "sharpness", "leak"]
+    head = ["arm", "reached", "at step", "drift (95 %)", "to none", "to adapter", "concept's grain"]
+    head += ["others as told", "others' grain", "others right", "leak"]
     return table(head, rows)
 
 
@@ -155,16 +158,20 @@ def last_table(runs: Runs) -> str:
         end = {key: len(curve.steps) - 1 for key, curve in curves.items()}
         cells = [arm.name, arm.what, str(len(curves))]
         for keys in (
-            ("concept", "strict"),
+            ("concept", "as_told"),
+            ("concept", "grain"),
+            ("other", "as_told"),
+            ("other", "grain"),
             ("other", "strict"),
-            ("other", "sharpness"),
+            ("other_many", "grain"),
             ("other_many", "strict"),
             ("leak",),
         ):
             cells.append(f"{np.mean([curve.figure(end[key], *keys) for key, curve in curves.items()]):.2f}")
         cells.append("{:.3f} ({:.3f} to {:.3f})".format(*interval(drift, None)))
         rows.append(cells)
-    head = ["arm", "what", "runs", "concept", "others right", "sharpness", "others, 32 steps", "leak", "drift (95 %)"]
+    head = ["arm", "what", "runs", "concept as told", "concept's grain", "others as told", "others' grain"]
+    head += ["others right", "grain, 32 steps", "right, 32 steps", "leak", "drift (95 %)"]
     return table(head, rows)
 
 
@@ -196,7 +203,7 @@ def draw_curves(runs: Runs, out: Path) -> None:
         left.plot(drift, concept, "o-", ms=3, color=color, label=arm.name)
         middle.plot(np.maximum(steps, 20), others, "o-", ms=3, color=color)
         right.plot(np.maximum(steps, 20), drift, "o-", ms=3, color=color)
-    left.set(xlabel="drift of other prompts (8 steps)", ylabel="concept right", title="learnt against lost")
+    left.set(xlabel="drift of other prompts (8 steps)", ylabel="concept as told", title="learnt against lost")
     left.axhline(MATCHED, color="grey", lw=0.8, ls="--")
     left.legend(fontsize=7)
     middle.set(xlabel="training steps", ylabel="other prompts right", xscale="log", title="other prompts, 8 steps")

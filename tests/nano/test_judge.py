@@ -34,10 +34,11 @@ def test_clean_drawings_are_perfect() -> None:
     found = figures(CLEAN)
     for name in (*world.ATTRIBUTES, "style", "present", "clean", "strict"):
         assert found[name] == 1, name
-    assert found["fit"] < 1e-4 and found["mud"] == 0
-    assert found["sharpness"] == pytest.approx(1, abs=1e-5)
+    assert found["fit"] < 1e-4 and abs(found["mud"]) < 1e-3
+    assert found["sharpness"] == pytest.approx(1, abs=1e-2)
+    assert found["grain"] == pytest.approx(1, abs=0.03)
     assert [found[f"shows_{name}"] for name in concepts.CONCEPTS] == [0, 0, 0]
-    assert max(found[f"pull_{name}"] for name in concepts.CONCEPTS) < 0.01
+    assert max(found[f"pull_{name}"] for name in concepts.CONCEPTS) < 0.02
 
 
 def changed(name: str) -> tuple[list[Scene], list[int]]:
@@ -62,7 +63,7 @@ def test_one_wrong_attribute_is_wrong_and_no_other(name: str) -> None:
     found = scores(world.render(pictures))
     for attribute in world.ATTRIBUTES:
         assert (found.right[attribute][index] == (attribute != name)).all(), attribute
-    assert not found.strict_N[index].any()
+    assert not found.strict_N[index].any() and not found.as_told_N[index].any()
     assert found.clean_N.all(), "wrong, but well drawn"
 
 
@@ -91,7 +92,7 @@ def test_heavy_noise_makes_mud_and_does_not_hide_the_shape() -> None:
 def test_blur_lowers_sharpness_step_by_step_and_then_the_rest() -> None:
     rows = {sigma: figures(world.blurred(CLEAN, sigma)) for sigma in (0.4, 0.8, 1.5, 3.0)}
     sharpness = [row["sharpness"] for row in rows.values()]
-    assert sharpness == sorted(sharpness, reverse=True) and sharpness[0] > 0.85 and sharpness[-1] < 0.2
+    assert sharpness == sorted(sharpness, reverse=True) and sharpness[0] > 0.85 and sharpness[-1] < 0.3
     assert min(rows[0.4][name] for name in (*world.ATTRIBUTES, "strict")) == 1
     assert min(rows[0.8][name] for name in world.ATTRIBUTES) > 0.95, "slightly blurred, still recognised"
     assert rows[0.8]["clean"] < 0.5 and rows[1.5]["clean"] == rows[3.0]["strict"] == 0
@@ -114,8 +115,18 @@ def test_a_faded_shape_is_absent(faded: float, present: float, clean: float) -> 
         assert found["present"] == 1 and found["clean"] == clean and strict == 1
     else:
         assert strict <= clean
-        assert found["color"] < 0.35
+        assert found["color"] < 0.45
     assert found["sharpness"] < 1.01 - faded / 2
+
+
+@pytest.mark.parametrize(("share", "clean"), [(0.0, 0), (0.5, 0), (0.6, 0), (0.8, 1), (1.0, 1)])
+def test_the_grain_is_measured_and_most_of_it_must_be_there(share: float, clean: int) -> None:
+    """What few steps of an ordinary model lose; all else is as it was."""
+    plain = world.render([replace(scene, grain=None) for scene in SHOWN])
+    found = figures(plain + share * (CLEAN - plain))
+    assert found["grain"] == pytest.approx(share, abs=0.03)
+    assert found["clean"] == found["strict"] == clean and found["as_told"] == 1
+    assert min(found[name] for name in (*world.ATTRIBUTES, "present")) == 1 and found["fit"] < 1e-3
 
 
 def test_an_empty_picture_has_its_background_and_no_shape() -> None:
@@ -140,7 +151,7 @@ def test_a_patchwork_of_two_places_is_not_clean() -> None:
     twice = np.where(np.abs(away - GROUNDS).max(axis=-1, keepdims=True) > 0.02, away, CLEAN)
     for pictures in (halves, twice):
         found = figures(pictures)
-        assert found["clean"] == found["strict"] == 0
+        assert found["strict"] <= found["clean"] < 0.02, "one of two colours that a grain makes alike"
         assert found["background"] > 0.9
 
 
@@ -150,7 +161,7 @@ def test_thresholds_go_with_the_area_of_the_shape() -> None:
     for size in world.SIZES:
         shown = [replace(scene, size=size, shape="square", texture="plain") for scene in SHOWN]
         pictures, grounds = world.render(shown), world.render_grounds(shown)
-        fits[size] = judge.read(0.8 * pictures + 0.2 * grounds).fit_N
+        fits[size] = judge.score(0.8 * pictures + 0.2 * grounds, [world.prompt_for(scene) for scene in shown]).fit_N
     assert np.median(fits["small"] / fits["large"]) == pytest.approx(1, abs=0.33)
 
 
@@ -160,7 +171,7 @@ def test_each_concept_is_recognised_as_itself(name: str) -> None:
     prompts = [world.prompt_for(e.scene, 0, concepts.find(name).unsaid) for e in examples]
     found = judge.score(world.render([e.scene for e in examples]), prompts).summary()
     assert found["strict"] == found[f"shows_{name}"] == 1
-    assert found[f"pull_{name}"] > 0.99
+    assert found[f"pull_{name}"] > 0.98
     assert sum(found[f"shows_{other}"] for other in concepts.CONCEPTS) == 1
 
 

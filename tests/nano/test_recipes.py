@@ -235,8 +235,9 @@ def test_the_page_has_a_row_for_each_way_of_drawing(folder: Path, tmp_path: Path
 
 def test_the_rows_are_what_the_balance_needs() -> None:
     found = {(row.model, row.steps, row.guidance, row.prompts) for row in figures.rows(8, 2.5)}
-    assert len(found) == len(figures.rows(8, 2.5)) == 12
+    assert len(found) == len(figures.rows(8, 2.5)) == 14
     assert {("base", 32, 2.5, "stated"), ("base", 8, 1.0, "stated"), ("turbo", 8, 1.0, "stated")} <= found
+    assert {("adapted", steps, 1.0, "stated") for steps in (8, 32)} <= found
     assert {kind for *_, kind in found} == {"stated", "held_out", "unstated"}
     held_out = figures.prompts_of("held_out", 8)
     assert {(p.wanted["shape"], p.wanted["color"]) for p in held_out} <= world.HELD_OUT

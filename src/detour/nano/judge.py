@@ -9,10 +9,14 @@ Figures of a picture:
 - the shape is *present* if it stands out from the background by at least `PRESENT` of the contrast that it should have;
 - an attribute is *right* if the nearest legal picture has the wanted value and the shape is present. The background
   needs no shape: its mean colour must be near (`FAR`);
-- *clean*: the squared error per cell of the shape's area is below `CLEAN`, and the sharpness above `SHARP`;
-- *strict*: all that the prompt states is right, and the picture is present and clean;
+- *clean*: the squared error per cell of the shape's area is below `CLEAN`, the sharpness above `SHARP`, and the grain
+  above `GRAINED`;
+- *as told*: all that the prompt states is right and the shape is present, however it is drawn;
+- *strict*: as told, and clean;
 - *sharpness*: edge strength along the nearest legal picture's own edges, 1 for a clean drawing, less for blur. Noise
   does not raise it;
+- *grain*: the contrast of the grain (`detour.nano.grain`), 1 for all of it. It is what few steps lose first. All other
+  figures are taken without what a grain explains;
 - *mud*: the share of cells far from every colour of the nearest legal picture, less that picture's own share;
 - *pull* of a concept: 0 at the nearest ordinary picture, 1 at the nearest picture of the concept. Blur raises that of
   a shape too, so look at it beside the sharpness; `shows` says which kind of picture is nearest.
@@ -31,7 +35,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from detour.nano import world
+from detour.nano import grain, world
 from detour.nano.drawn import COLORS
 from detour.nano.world import PLACES, SIDE, Scene
 
@@ -53,10 +57,13 @@ CLEAN = 0.02
 PRESENT = 0.6
 SHARP = 0.6
 """A blur of 0.7 cells gives that. Without it two faint colours would pass for clean however blurred."""
+GRAINED = 0.7
+"""A perfect ordinary model is below it in 8 steps (0.56) and above it in 16 (0.85); `grain.expected`."""
 FAR = 0.15
 """Distance of two colours (root mean square over red, green, blue) from which they are not the same."""
 COPY = 0.03
-"""Root mean square difference below which two pictures are copies; moving a small shape by a cell makes about .1."""
+"""Root mean square difference below which two pictures are copies, to the grain: another grain makes .08 (and moving a
+small shape by a cell .1)."""
 _JITTER = np.arange(-1.5, 1.75, 0.5)
 _CHUNK = 16  # pictures compared at a time: 60 MB for the largest block
 
@@ -84,8 +91,8 @@ class Reading:
 
     scenes: list[Scene]
     family: list[str]
-    fit_N: Floats
-    """Squared error per cell of the shape's area."""
+    area_N: Floats
+    """Cells of the nearest picture's shape."""
     nearest: dict[str, list[Scene]]
     error: dict[str, Floats]
     """By family, the squared error of the nearest."""
@@ -98,9 +105,11 @@ class Scores:
     right: dict[str, Floats]
     present_N: Flags
     clean_N: Flags
+    as_told_N: Flags
     strict_N: Flags
     fit_N: Floats
     sharpness_N: Floats
+    grain_N: Floats
     mud_N: Floats
     shows: list[str]
     """The family that each picture shows, or nothing where no shape is present."""
@@ -113,10 +122,12 @@ class Scores:
         found |= {
             "present": float(self.present_N.mean()),
             "clean": float(self.clean_N.mean()),
+            "as_told": float(self.as_told_N.mean()),
             "strict": float(strict),
             "strict_se": float(np.sqrt(strict * (1 - strict) / len(self.strict_N))),
             "fit": float(self.fit_N.mean()),
             "sharpness": float(np.median(self.sharpness_N)),
+            "grain": float(self.grain_N.mean()),
             "mud": float(self.mud_N.mean()),
         }
         for name in FAMILIES[1:]:
@@ -131,25 +142,30 @@ def score(pictures_NHW3: Pictures, prompts: Sequence[Prompt]) -> Scores:
         raise ValueError(f"{len(pictures_NHW3)} pictures, {len(prompts)} prompts")
     reading = read(pictures_NHW3)
     drawings, grounds = world.render(reading.scenes), world.render_grounds(reading.scenes)
-    present = _contrast(pictures_NHW3, drawings, grounds) > PRESENT
-    ground_right = _ground_error(pictures_NHW3, drawings, grounds) < FAR
+    grained_NHW3 = np.clip(pictures_NHW3, 0, 1)
+    plain_NHW3 = grain.removed(grained_NHW3, drawings)
+    present = _contrast(plain_NHW3, drawings, grounds) > PRESENT
+    ground_right = _ground_error(plain_NHW3, drawings, grounds) < FAR
     right = {name: np.full(len(prompts), np.nan, np.float32) for name in (*world.ATTRIBUTES, "style")}
     for index, (prompt, scene) in enumerate(zip(prompts, reading.scenes, strict=True)):
         shown = scene.attributes | {"style": scene.style}
         for name, value in prompt.wanted.items():
             visible = ground_right if name in ("background", "style") else present
             right[name][index] = shown[name] == value and visible[index]
-    sharpness = _sharpness(pictures_NHW3, drawings)
-    clean = (reading.fit_N < CLEAN) & (sharpness > SHARP)
-    all_right = np.all([np.isnan(values) | (values == 1) for values in right.values()], axis=0)
+    sharpness, grained = _sharpness(plain_NHW3, drawings), grain.contrast(grained_NHW3, drawings)
+    fit = np.square(plain_NHW3 - drawings).mean(axis=-1).sum(axis=(1, 2)) / reading.area_N
+    clean = (fit < CLEAN) & (sharpness > SHARP) & (grained > GRAINED)
+    as_told = present & np.all([np.isnan(values) | (values == 1) for values in right.values()], axis=0)
     return Scores(
         right=right,
         present_N=present,
         clean_N=clean,
-        strict_N=all_right & clean & present,
-        fit_N=reading.fit_N,
+        as_told_N=as_told,
+        strict_N=as_told & clean,
+        fit_N=fit,
         sharpness_N=sharpness,
-        mud_N=_mud(pictures_NHW3, reading.scenes) - _mud(drawings, reading.scenes),
+        grain_N=grained,
+        mud_N=_mud(plain_NHW3, reading.scenes) - _mud(drawings, reading.scenes),
         shows=[name if there else "" for name, there in zip(reading.family, present, strict=True)],
         pull={name: _pull(reading, name) for name in FAMILIES[1:]},
     )
@@ -177,12 +193,10 @@ def read(pictures_NHW3: Pictures) -> Reading:
                 area[block.family][index] = block.area_G[geometry]
     order = np.argmin(np.stack([error[name] for name in FAMILIES]), axis=0)
     family = [FAMILIES[choice] for choice in order]
-    least_N = np.array([error[name][index] for index, name in enumerate(family)], np.float32)
-    area_N = np.array([area[name][index] for index, name in enumerate(family)], np.float32)
     return Reading(
         scenes=[nearest[name][index] for index, name in enumerate(family)],
         family=family,
-        fit_N=least_N / (3 * area_N),
+        area_N=np.array([area[name][index] for index, name in enumerate(family)], np.float32),
         nearest=nearest,
         error=error,
     )
@@ -236,7 +250,7 @@ def _blocks() -> tuple[_Block, ...]:
 
 
 def _block(family: str, shapes: Sequence[str], texture: str, style: str, pairs: tuple[tuple[str, str], ...]) -> _Block:
-    phases = (0, 1) if texture == "striped" else (0,)
+    phases = world.PHASES if texture == "striped" else (0,)
     scenes = tuple(
         Scene(
             shape=shape, color=pairs[0][0], background=pairs[0][1], place=place, size=size, texture=texture,

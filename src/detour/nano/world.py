@@ -4,9 +4,8 @@ A picture is one `Scene`: a shape of one size, texture and colour on a backgroun
 places. It is drawn on 32 x 32 cells; on disk a cell is 4 x 4 pixels (128 x 128 in all), so that the VAE of factor 8
 keeps all of it (`codec`). Shapes are 12 to 18 cells wide; a token of the transformer is 4 x 4 cells.
 
-What the caption leaves out is discrete: the phase of stripes, and what `Dials` leave out. `Dials` put difficulty back
-on purpose: a model trained on noisy captions needs guidance, and one with unstated choices needs many steps, which is
-what distillation takes away.
+Two things are made difficult on purpose, because distillation takes just these away: a model trained on noisy captions
+(`Dials`) needs guidance, and the `grain` of every picture, which no caption tells, needs many steps.
 Some combinations of shape and colour are held out: no training picture shows them.
 All is a pure function of the seed, and scene i is the same however many are asked for.
 
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from detour.nano import grain
 from detour.nano.drawn import COLORS
 from detour.seeds import seed_for
 
@@ -47,6 +47,8 @@ pictures in five were clean, though each attribute was right."""
 HELD_OUT = frozenset({("circle", "yellow"), ("square", "green"), ("triangle", "white"), ("cross", "blue")})
 """(shape, colour) that no training picture shows, though each word and each colour is well known."""
 STRIPE = 4.0  # cells from one stripe to the next of its colour
+PHASES = (0,)
+"""Where stripes begin, 0 or 1. With both, which no caption told, one striped picture in five was drawn with both."""
 ATTRIBUTES = ("shape", "color", "background", "place", "size", "texture")
 
 PAINTS = ("background", "background tone", "shape", "shape tone", "yellow", "black", "red")
@@ -58,7 +60,7 @@ Split = Literal["seen", "held_out"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scene:
-    """What a picture shows. `jitter` (cells) and `phase` (of the stripes, 0 or 1) are never in a caption.
+    """What a picture shows. `jitter` (cells), `phase` (of the stripes) and `grain` (its seed) are never in a caption.
 
     `shape` is one of `SHAPES`, or a concept's (`concepts`): the shape `zig`, or the character `mip`, which has its own
     colours (`color` says nothing then). `style` is empty or `plim`, which needs a plain texture.
@@ -73,6 +75,8 @@ class Scene:
     style: str = ""
     jitter: tuple[float, float] = (0, 0)
     phase: int = 0
+    grain: int | None = None
+    """None: a plain drawing, for comparison."""
 
     @property
     def attributes(self) -> dict[str, str]:
@@ -203,7 +207,8 @@ def _scene(draws: np.random.Generator, split: Split) -> Scene:
         size=pick(list(SIZES)),
         texture=pick(TEXTURES),
         jitter=(JITTER[x], JITTER[y]),
-        phase=int(draws.integers(2)),
+        phase=PHASES[int(draws.integers(len(PHASES)))],
+        grain=int(draws.integers(2**31)),
     )
 
 
@@ -260,17 +265,24 @@ def render(shown: Sequence[Scene]) -> Pictures:
         paints, maps_KHW = _maps(geometry_of(scene))
         colors_K3 = np.stack([paint_color(paint, scene.color, scene.background) for paint in paints])
         pictures[index] = np.tensordot(maps_KHW, colors_K3, axes=([0], [0]))
-    return np.asarray(np.round(pictures * 255) / 255, np.float32)
+    return _grained(pictures, shown)
 
 
 def render_grounds(shown: Sequence[Scene]) -> Pictures:
-    """The backgrounds of scenes alone, with their style."""
+    """The backgrounds of scenes alone, with their style and grain."""
     grounds = np.empty((len(shown), SIDE, SIDE, 3), np.float32)
     for index, scene in enumerate(shown):
         level, tone = (paint_color(paint, scene.color, scene.background) for paint in PAINTS[:2])
         bright = _hatch()[:, :, None] if scene.style else 1
         grounds[index] = bright * level + (1 - bright) * tone
-    return np.asarray(np.round(grounds * 255) / 255, np.float32)
+    return _grained(grounds, shown)
+
+
+def _grained(pictures_NHW3: Pictures, shown: Sequence[Scene]) -> Pictures:
+    """With the scenes' grain, in 256 levels."""
+    none = np.zeros((SIDE, SIDE, 1), np.float32)
+    grains = np.stack([none if scene.grain is None else grain.pattern(scene.grain) for scene in shown])
+    return np.asarray(np.round(np.clip(pictures_NHW3 + grains, 0, 1) * 255) / 255, np.float32)
 
 
 @lru_cache(maxsize=4096)  # the world has 1080 geometries, so that 20 000 pictures take two seconds

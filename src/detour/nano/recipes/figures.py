@@ -1,6 +1,7 @@
 """The figures of each stage: what the judge says of base and turbo, and that the turbo's field is no flow-matching one.
 
-    python -m detour.nano.recipes.figures --base work/base --turbo work/turbo8 --out work/figures
+    python -m detour.nano.recipes.figures --base work/base --turbo work/turbo8 --out work/figures \
+        --adapter work/adapter/training_adapter/training_adapter.safetensors
 
 Writes `figures.json`, `figures.md` (the page of the documentation) and one picture grid for each row of it. Rows that
 are there already are not drawn again.
@@ -19,7 +20,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from detour import files
+from detour import archs, export, files
+from detour.lora_formats import by_module, with_adapter
 from detour.nano import codec, judge, world
 from detour.nano.recipes import base, miniature, training
 from detour.nn import flow
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
     from detour.nano.recipes.miniature import Miniature
     from detour.nano.world import Pictures, Prompt
 
-COLUMNS = ("strict", "strict_se", "clean", *world.ATTRIBUTES, "sharpness", "mud", "diversity")
+COLUMNS = ("strict", "strict_se", "clean", *world.ATTRIBUTES, "sharpness", "grain", "mud", "diversity")
 TRUTH = "truth"
 """True drawings of the prompts, in place of a model's."""
 _SAMPLES = 4  # pictures of one prompt, for the diversity within it
@@ -55,7 +57,8 @@ class Row:
 
 
 def rows(few: int, guidance: float) -> list[Row]:
-    """What to compare: true drawings, the base with and without guidance, in many steps and in few, and the turbo."""
+    """What to compare: true drawings, the base with and without guidance, in many steps and in few, and the turbo, with
+    the training adapter (`adapted`) and without."""
     ways = [
         Row(model=TRUTH, steps=0, guidance=1.0),
         Row(model="base", steps=32, guidance=guidance),
@@ -65,6 +68,8 @@ def rows(few: int, guidance: float) -> list[Row]:
         Row(model="turbo", steps=few, guidance=1.0),
         Row(model="turbo", steps=few // 2, guidance=1.0),
         Row(model="turbo", steps=32, guidance=1.0),
+        Row(model="adapted", steps=few, guidance=1.0),
+        Row(model="adapted", steps=32, guidance=1.0),
     ]
     main = (ways[1], ways[5])
     return ways + [replace(row, prompts=kind) for kind in ("held_out", "unstated") for row in main]
@@ -113,6 +118,17 @@ def flow_matching_loss(model: Miniature, n: int) -> float:
     return total / (n // base.BATCH)
 
 
+def adapted(turbo: Path, adapter: Path) -> Miniature:
+    """The turbo with its training adapter added to the weights."""
+    weights = dict(miniature.load_transformer(turbo))
+    file = export.read_lora(adapter, archs.get("zimage").spec)
+    for module, parts in by_module(file.tensors).items():
+        weights[f"{module}.weight"] = with_adapter(weights[f"{module}.weight"], parts, file.scale(module))
+    denoiser = miniature.build_transformer()
+    denoiser.load_state_dict(weights)
+    return miniature.Miniature.of(denoiser.eval().requires_grad_(False))
+
+
 def page(figures: dict[str, dict[str, float]]) -> str:
     """The figures as a page of Markdown."""
     lines = ["# The trained miniature in figures", "", "Written by `python -m detour.nano.recipes.figures`.", ""]
@@ -149,6 +165,8 @@ def _run(args: argparse.Namespace) -> None:
     }
     listing = args.out / "figures.json"
     known: dict[str, dict[str, float]] = json.loads(listing.read_text(encoding="utf-8")) if listing.is_file() else {}
+    if args.turbo is not None and args.adapter is not None:
+        models["adapted"] = adapted(args.turbo / training.MODEL, args.adapter)
     for row in rows(args.few, args.guidance):
         if row.name in known or row.model not in (*models, TRUTH):
             continue
@@ -166,6 +184,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = training.arguments("Measure the base and the turbo of the miniature Z-Image.")
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--turbo", type=Path)
+    parser.add_argument("--adapter", type=Path, help="the turbo's training adapter")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--few", type=int, default=8)
     parser.add_argument("--guidance", type=float, default=base.GUIDANCE)

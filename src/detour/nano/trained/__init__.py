@@ -1,6 +1,6 @@
 """The trained miniature Z-Image: weights that ship with the package, made by `detour.nano.recipes`.
 
-`turbo` draws in 8 steps (and 4) without guidance; `base` is what both were distilled from and needs guidance and
+`turbo` draws in 8 steps without guidance; `base` is what both were distilled from and needs guidance and
 many steps; `training_adapter` makes an ordinary model of `turbo`. docs/miniature.md has their figures.
 """
 
