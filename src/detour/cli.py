@@ -266,15 +266,17 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _run_loaded(loaded: Loaded, arguments: argparse.Namespace) -> int:
     from detour.train.control import Control
+
+    control = Control()
+    if not arguments.dry_run:
+        control.install()  # before torch: an import can swallow what Python itself raises on Ctrl-C
     from detour.train.rehearsal import rehearse
     from detour.train.session import run_job
 
-    control = Control()
     with _console() as sink, _places(loaded, control):
         if arguments.dry_run:
             results = rehearse(loaded.job, control, sink)
         else:
-            control.install()
             results = run_job(loaded.job, control, sink, fresh=arguments.fresh)
     last = results[-1]
     if arguments.json:

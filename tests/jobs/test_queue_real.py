@@ -108,7 +108,7 @@ def test_a_job_is_stopped_while_it_is_prepared(world, tmp_path, place):
     until(lambda: store.job(1).state == "running")
     time.sleep(1)  # it imports torch
     queue.stop(store, 1)
-    until(lambda: store.job(1).state == "stopped", within=10)
+    until(lambda: store.job(1).state == "stopped")
     assert store.job(1).cause == "not_started"
 
 

@@ -31,6 +31,7 @@ class Control:
     def begin(self, process: int, folder: Path) -> None:
         """A process of the job begins with its preparations, in which there is nothing to save."""
         self.process, self.folder, self._training = process, folder, False
+        self._end_if_swallowed()
 
     def install(self) -> None:
         """Let SIGINT and SIGTERM ask for a stop. Call from the main thread."""
@@ -40,7 +41,7 @@ class Control:
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         name = signal.Signals(number).name
         second = self.stop_reason is not None
-        # Set before anything is raised: what a library's destructor swallows still stops the run at its first step.
+        # Set before anything is raised: what an import or a destructor swallows still stops the run a little later.
         self.stop_reason = self.stop_reason or f"{name} received"
         if not self._training:
             raise KeyboardInterrupt(f"{name} before the first step")
@@ -59,9 +60,14 @@ class Control:
 
     def end_if_asked(self) -> None:
         """Between the parts of a long preparation whose results are kept: end it there where a stop was requested."""
+        self._end_if_swallowed()
         if "stop" in self._take():
             self.stop_reason = "stop requested"
             raise KeyboardInterrupt("stop requested before the first step")
+
+    def _end_if_swallowed(self) -> None:
+        if self.stop_reason is not None:
+            raise KeyboardInterrupt(f"{self.stop_reason} before the first step")
 
     def discard_old(self) -> None:
         """Forget requests that were meant for an earlier session of the run."""
