@@ -58,8 +58,6 @@ class Row:
     """Layers named by `spec.lora_blocks` whose output nothing reads, so that they get no gradient."""
     guidance_keeps_length: bool = False
     """Its pipeline gives each row of the guided prediction the length that it has without guidance."""
-    heavy: bool = False
-    """Its miniature has so many blocks that whole runs and fits are among the slow tests."""
     recovers: float = 1e-5
     """How far the scheduler's last step may be from the clean latents, given the true field."""
 

@@ -121,7 +121,6 @@ ROWS = [
     ),
     Row(
         name="flex1",
-        heavy=True,
         pipeline="FluxPipeline",
         native_truth=_FluxTruth,
         lora_blocks=8 * 14 + 38 * 6,
@@ -133,7 +132,6 @@ ROWS = [
     ),
     Row(
         name="flex2",
-        heavy=True,
         pipeline="Flex2Pipeline",
         pipeline_class=flex2_pipeline,
         native_truth=_FluxTruth,

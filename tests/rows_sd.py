@@ -24,7 +24,6 @@ def _full(**config: Any) -> nn.Module:
 ROWS = [
     Row(
         name="sd1",
-        heavy=True,
         pipeline="StableDiffusionPipeline",
         native_truth=partial(_truth, "eps"),
         lora_blocks=16 * 10,  # transformers, each with two attentions and a feed-forward
@@ -37,7 +36,6 @@ ROWS = [
     ),
     Row(
         name="sd2",
-        heavy=True,
         pipeline="StableDiffusionPipeline",
         native_truth=partial(_truth, "v"),
         lora_blocks=16 * 12,  # and their linear layers at both ends

@@ -45,7 +45,6 @@ def _row(
     """`small`: layers of the miniature, where it has not as many transformer blocks as the real one."""
     small = layers if small is None else small
     return Row(
-        heavy=True,
         name=name,
         pipeline="StableDiffusionXLPipeline",
         native_truth=_truth,

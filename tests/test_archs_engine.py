@@ -28,13 +28,15 @@ from minis import LARGE, NETWORK, SIZE, Mini
 
 GOLDEN = Path(__file__).with_name("golden_losses.json")
 rows = pytest.mark.parametrize("row", ROWS, ids=str, scope="module")
+DAILY = {"zimage", "sdxl", "flux", "wan21", "auraflow"}
+"""A UNet, transformers of one stream, two and both, and the clips."""
 whole_rows = pytest.mark.parametrize(
     "row",
-    [pytest.param(row, marks=[pytest.mark.slow] if row.heavy else []) for row in ROWS],
+    [pytest.param(row, marks=[] if str(row) in DAILY else [pytest.mark.slow]) for row in ROWS],
     ids=str,
     scope="module",
 )
-"""For what takes many steps: the heavy ones are slow."""
+"""For what takes many steps: the others are slow."""
 
 
 @pytest.fixture(scope="module")
