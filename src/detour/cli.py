@@ -149,7 +149,7 @@ def _add_tools(command: _Command) -> None:
 
     demo = command("demo", _demo, "train a LoRA with a training adapter on the embedded miniature")
     demo.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR", help="default: demo")
-    demo.add_argument("--steps", type=_count, default=200, metavar="N", help="training steps (default: 200)")
+    demo.add_argument("--steps", type=_count, default=300, metavar="N", help="training steps (default: 300)")
     command("schema", _schema, "print the JSON Schema of job files")
 
 

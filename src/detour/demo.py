@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 from detour import files, nano
 from detour.config.load import load_job
 from detour.events import DriftEvent, read_events
-from detour.nano import world
+from detour.nano import concepts, world
 from detour.train.control import Control
 from detour.train.session import run_job
 
@@ -20,12 +20,13 @@ if TYPE_CHECKING:
     from detour.events import Sink
     from detour.train.session import Result
 
-STEPS = 400
+STEPS = 300
 CELL = 128  # pixels of a drawing in the comparison
 CONCEPT = (
-    "a large plain red zig on a white background in the centre",
-    "a small plain yellow zig on a blue background at the left",
+    "a large mip on a green background in the centre",
+    "a small mip on a white background at the right",
 )
+"""Of the character `mip`; no picture of the set shows these."""
 OTHERS = (
     "a large plain blue circle on a yellow background in the centre",
     "a small plain white square on a red background at the right",
@@ -46,12 +47,12 @@ class Way:
 
 
 WAYS = (
-    Way(name="zig_plain", title="trained plainly", model="", strategy="strategy: none"),
+    Way(name="mip_plain", title="trained plainly", model="", strategy="strategy: none"),
     Way(
-        name="zig",
+        name="mip",
         title="trained around it",
         model="        assistant_lora_path: '{folder}/miniature/training_adapter.safetensors'\n",
-        strategy="strategy: prior_anchor, weight: 1.0, prompts: {neutral}",
+        strategy="strategy: prior_anchor, every: 2, prompts: {neutral}",
     ),
 )
 JOB = """\
@@ -61,17 +62,17 @@ config:
   output_folder: '{folder}/output'
   process:
     - type: train
-      trigger_word: zig
+      trigger_word: mip
       model:
         arch: zimage
         name_or_path: '{folder}/miniature'
 {model}      datasets:
-        - folder_path: '{folder}/miniature/dataset'
+        - folder_path: '{folder}/pictures'
           resolution: 128
       train:
         steps: {steps}
         batch_size: 4
-        lr: 1e-3
+        lr: 2e-3
         dtype: fp32
         timestep_type: sigmoid
         gradient_checkpointing: false
@@ -91,6 +92,7 @@ def demo(out: Path, sink: Sink, steps: int = STEPS) -> list[str]:
     folder = out.resolve()
     files.make_folder(folder)
     nano.write(folder / "miniature")
+    concepts.write_dataset(folder / "pictures", "mip")
     control = Control()
     control.install()
     results: list[Result] = []
@@ -121,7 +123,7 @@ def _job(way: Way, folder: Path, steps: int) -> str:
 
 def _drifts(results: list[Result]) -> list[str]:
     """How far pictures of other prompts have moved, for each way."""
-    lines = ["How far the 8-step pictures of prompts without a zig have moved (0: not at all):"]
+    lines = ["How far the 8-step pictures of prompts without a mip have moved (0: not at all):"]
     for way, result in zip(WAYS, results, strict=True):
         events = read_events(result.folder / "events.jsonl")
         last = [event["drift"] for event in events if event["type"] == DriftEvent.type][-1]

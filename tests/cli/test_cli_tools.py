@@ -324,7 +324,7 @@ def test_schema_is_a_json_schema_that_knows_the_job_file():
 def test_demo_says_where_everything_is(tmp_path):
     out = tmp_path / "it's: a demo"
     ran = well("demo", "--out", out, "--steps", 2)
-    for line in ("comparison.png", "output/zig/zig.safetensors", "output/zig/report.html", "zig_plain.yaml"):
+    for line in ("comparison.png", "output/mip/mip.safetensors", "output/mip/report.html", "mip_plain.yaml"):
         assert str(out / line) in ran.out
         assert (out / line).exists()
     drifts = [float(line.split()[-1]) for line in ran.out.splitlines() if line.startswith("  trained ")]
@@ -333,7 +333,7 @@ def test_demo_says_where_everything_is(tmp_path):
     with Image.open(out / "comparison.png") as sheet:
         assert sheet.width > 3 * 128
     # The job file that it wrote goes on like any other.
-    more = well("run", out / "zig.yaml", "--set", "train.steps=3")
+    more = well("run", out / "mip.yaml", "--set", "train.steps=3")
     assert "goes on at step 2" in more.err
 
 
