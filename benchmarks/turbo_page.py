@@ -18,6 +18,8 @@ import numpy as np
 from common import table, write_docs
 from turbo_arms import ARMS, BY_NAME, Arm, Places
 
+from detour import files
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
@@ -26,7 +28,8 @@ if TYPE_CHECKING:
     Runs = Mapping[str, Mapping[tuple[str, int], "Curve"]]
     """By arm, by concept and training seed."""
 
-MATCHED = 0.9
+MATCHED = 0.7
+"""Wanted is 0.9; not all arms reach it in 1200 steps."""
 DRAWS = 2000
 """Bootstrap draws."""
 
@@ -219,4 +222,5 @@ def report(places: Places, docs: Path) -> None:
     write_docs(docs, "last", last_table(runs))
     for concept in sorted({concept for curves in runs.values() for concept, _ in curves}):
         write_docs(docs, f"matched {concept}", matched_table(runs, concept))
+    files.make_folder(docs.parent / "img")
     draw_curves(runs, docs.parent / "img" / "turbo-curves.png")

@@ -1,7 +1,7 @@
 """The judge of the drawn world: what a picture shows, how well, and whether it was asked for. No neural network.
 
 A picture is read by comparing it with *every* legal picture there is, the concepts' included: each shape, size,
-texture, place and jitter (in half cells, out to 1.5), in each pair of colours; about 300 000. The nearest one says what
+texture, place and jitter (in half cells, out to 1.5), in each pair of colours; about 210 000. The nearest one says what
 the picture shows; the distance to it, relative to the shape's area, says how well it is drawn. That is fast because a
 picture is a sum of regions of one colour each: inner products with the regions' maps give all distances.
 
