@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test slow lint types check docs bench archs clean
+.PHONY: demo test slow browser screenshots lint types audit check docs bench archs clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -21,6 +21,12 @@ test: $(VENV)/.installed        ## the default tests
 slow: $(VENV)/.installed        ## kills, damage, every optimizer, photographs
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
+browser: $(VENV)/.installed     ## the web UI's pages in Chromium (apt-get install chromium), one browser at a time
+	$(BIN)/python -m pytest -m browser -rs
+
+screenshots: $(VENV)/.installed ## draw docs/screenshots again: trains the miniature twice, then looks at every page
+	$(BIN)/python tests/browser/screenshots.py
+
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -28,10 +34,13 @@ lint: $(VENV)/.installed
 types: $(VENV)/.installed
 	$(BIN)/mypy
 
+audit:                          ## known holes in the pinned versions; needs the network
+	$(PYTHON) .ci/audit
+
 archs: $(VENV)/.installed       ## every architecture, from its example job file to a proven LoRA
 	$(BIN)/python benchmarks/archs.py
 
-check: lint types test slow     ## what CI runs
+check: lint types test slow browser     ## what CI runs
 
 docs: $(VENV)/.installed        ## write the generated pages again
 	$(BIN)/python -m detour.config.reference > docs/options.md
@@ -41,6 +50,7 @@ docs: $(VENV)/.installed        ## write the generated pages again
 bench: $(VENV)/.installed       ## the tables of docs/benchmarks.md
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/web.py
 
 clean:
 	rm -rf $(VENV) demo build dist
