@@ -31,9 +31,9 @@ def run(program: str, folder: Path, *arguments: str) -> tuple[dict, str, str]:
 
 
 def test_each_program_is_run_by_a_test_and_named_in_the_page():
-    parts = {"common.py", "plain.py", "turbo_arms.py", "turbo_measure.py", "turbo_page.py"}
+    parts = {"common.py", "plain.py", "turbo_arms.py", "turbo_measure.py", "turbo_page.py", "web_place.py"}
     programs = {path.name for path in (ROOT / "benchmarks").glob("*.py")} - parts
-    assert programs == {"archs.py", "startup.py", "step.py", "turbo.py"}
+    assert programs == {"archs.py", "startup.py", "step.py", "turbo.py", "web.py"}
     page = PAGE.read_text(encoding="utf-8")
     assert all(f"benchmarks/{program}" in page for program in programs)
 
@@ -76,6 +76,18 @@ def test_step(tmp_path):
     assert held["base in nf4"] < held["base in int8"] < held["LoRA alone"]
     assert "training adapter, factored" in text and "training adapter, merged" in page
     assert text.rstrip().endswith((": met", ": MISSED"))
+
+
+@pytest.mark.slow
+def test_web(tmp_path):
+    """A small folder, and every route: the program ends with an error where it has no address for one."""
+    result, text, page = run("web.py", tmp_path, "--quick", "--rounds", "1", "--requests", "60")
+    assert len({row["route"] for row in result["rows"]}) > 40
+    assert all(row["first"] and row["again"] and row["size"] >= 0 for row in result["rows"])
+    assert result["thumbnails"]["kept"] is True
+    assert len(result["memory_bytes"]) == 13
+    assert "`/api/jobs`" in text and "thumbnails are made once: met" in text
+    assert "30 jobs, 2 of them with 4000 steps, 120 pictures" in page
 
 
 def test_tables_are_replaced_and_nothing_around_them(tmp_path):
