@@ -19,6 +19,7 @@ from detour.events import (
     DriftEvent,
     EndEvent,
     Event,
+    GateEvent,
     SampleEvent,
     SaveEvent,
     StageEvent,
@@ -107,6 +108,18 @@ class Made:
             DriftEvent(
                 step=step, drift=drift, by_prompt={"a boat": drift} if by_prompt is None else by_prompt, pixels=0.01,
                 gap=0.25, gap_untouched=0.2, curvature=0.4, curvature_untouched=0.3, spread=0.9, alarm=drift > 0.5,
+            )
+        )  # fmt: skip
+
+    def gate(self, reasons: list[str] | None = None) -> None:
+        """What the teacher gate found, with its drawings."""
+        path = self.folder / "samples" / "teacher-gate.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (584, 212), "white").save(path)
+        self.emit(
+            GateEvent(
+                step=0, passed=not reasons, gain=0.123, gain_error=0.01, gap=0.5, colour=[0.01, -0.02, 0.0], frame="",
+                reasons=reasons or [], path=f"/elsewhere/samples/{path.name}",
             )
         )  # fmt: skip
 

@@ -75,6 +75,17 @@ def test_error_and_size_are_as_documented(qtype):
 
 
 @pytest.mark.parametrize("qtype", QTYPES)
+def test_rows_of_zeros_stay_zeros_and_touch_no_others(qtype):
+    """Pruned layers and projections that begin at zero: a row has its own scale, and nothing to divide by."""
+    linear = nn.Linear(128, 64, dtype=torch.bfloat16).requires_grad_(False)
+    linear.weight[::3] = 0
+    whole = linear.weight.float().clone()
+    found = dense_weight(quantizer(qtype, "", CPU)("layer", linear))
+    assert found[::3].count_nonzero() == 0
+    assert relative(found, whole) < 1.5 * ERROR[qtype]
+
+
+@pytest.mark.parametrize("qtype", QTYPES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_the_product_is_that_of_the_dequantised_weight(qtype, dtype):
     _, quantised = layer(qtype, dtype=dtype)

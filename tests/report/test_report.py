@@ -163,6 +163,34 @@ def test_warnings_settings_hashes_and_versions(shown, whole):
     assert "torch 2.13" in shown.text
 
 
+def test_the_teacher_gate_is_shown_with_its_drawings(tmp_path, shown):
+    assert "Teacher gate" not in shown.text
+    run = runs_made.made(tmp_path)
+    run.start()
+    run.gate([EVIL])
+    found = report(run)
+    for part in ("Teacher gate", "not passed", EVIL, "+12.3% of the distance", "red +0.01, green -0.02, blue +0.00"):
+        assert " ".join(part.split()) in found.text
+    (picture,) = found.all("img")[:-1]
+    assert picture["src"].startswith("data:image/jpeg;base64,")
+    assert (picture["width"], picture["height"]) == ("512", "186")
+    (run.folder / "samples" / "teacher-gate.png").unlink()
+    assert "the file is gone" in report(run).text
+
+
+def test_without_steps_everything_else_is_read(whole, tmp_path):
+    """And quickly: lines of steps are not looked into."""
+    path, other = whole.folder / "events.jsonl", tmp_path / "events.jsonl"
+    full, outline = read_history(path), read_history(path, steps=False)
+    assert (outline.steps, len(full.steps)) == ([], 10)
+    for name in ("samples", "saves", "validations", "drifts", "warnings", "facts", "last_step"):
+        assert getattr(outline, name) == getattr(full, name), name
+    other.write_bytes(path.read_bytes().replace(b'"epoch"', b"epoch") + b'{"type": "step", "torn": ')
+    assert read_history(other, steps=False).samples == full.samples
+    with pytest.raises(UserError, match="not an event"):
+        read_history(other)
+
+
 def test_the_drift_table_and_its_alarm(shown, whole):
     cells = [text.strip() for tag, text in shown.texts if tag == "td" and text.strip()]
     at = cells.index("0.6 alarm")

@@ -48,6 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     web_jobs.add(store, "zag", note=EVIL)
     run = runs_made.whole(folder, [EVIL, "a zig"])
     run.warn(EVIL, 10, [EVIL])
+    run.gate([EVIL])
     store.log_file(job).parent.mkdir(parents=True, exist_ok=True)
     store.log_file(job).write_text(f"{EVIL}\n" * 3)
     (folder / "jobs" / "1" / "job.yaml").write_text(store.text(1))
@@ -133,6 +134,16 @@ def test_what_is_open_is_this() -> None:
     for _, path in PUBLIC:
         assert "{" not in path
         assert not path.startswith("/static/") or (WEB / path[1:]).is_file()
+
+
+def test_every_page_names_an_icon_that_anybody_may_see(app: Any) -> None:
+    """A browser that finds none named asks for /favicon.ico, and logs that there is none."""
+    pages = [ask(app, "GET", "/login", {"Host": HOST}), get(app, "/jobs"), get(app, "/nowhere")]
+    for page in pages:
+        assert b'<link rel="icon" href="/static/icon.svg" type="image/svg+xml">' in page.body
+    icon = ask(app, "GET", "/static/icon.svg", {"Host": HOST})
+    assert (icon.status, icon.header("content-type")) == (200, "image/svg+xml")
+    assert b"script" not in icon.body
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import web_client
 from datasets_made import fill, png, tree
 from detour import UserError
 from detour.jobs.states import StateError
-from detour.web import captions_edit
+from detour.web import captions_edit, datasets_api
 from detour.web.captions_edit import Add, Caption, Replace
 from detour.web.datasets import Library
 
@@ -195,7 +195,7 @@ def test_captions_that_have_not_changed_are_not_read_again(tmp_path, monkeypatch
     place = fill(tmp_path)
     dataset = Library(tmp_path).dataset("zig")
     reads, real = [], captions_edit._read
-    monkeypatch.setattr(captions_edit, "_read", lambda path: reads.append(path.name) or real(path))
+    monkeypatch.setattr(captions_edit, "_read", lambda path: reads.append(Path(path).name) or real(path))
     for _ in range(3):
         captions_edit.read_all(dataset, dataset.listing())
     assert reads == ["0.txt", "1.txt", "2.txt"]
@@ -382,10 +382,27 @@ def test_figures(client, place):
     words, tags = dict(found.pop("words")), dict(found.pop("tags"))
     assert found == {
         "pictures": 6, "missing": 1, "empty": 1, "unreadable": 1, "shortest": 4, "median": 8, "longest": 25,
-        "lengths": [[0, 2], [20, 1]],
+        "lengths": [[0, 2], [20, 1]], "complete": True,
     }  # fmt: skip
     assert words == {"cat": 2, "red": 2, "sofa": 1, "one": 1}, "in how many captions; little words are left out"
     assert tags == {"red cat": 2, "a red cat": 1, "a cat": 1, "on the sofa": 1}
+
+
+def test_figures_of_many_captions_come_once_all_are_read(client, place, monkeypatch):
+    captions_edit._known.cache_clear()
+    monkeypatch.setattr(datasets_api, "READ", 1)
+    answers = [client.get("/api/datasets/zig/figures").json() for _ in range(6)]
+    assert [answer["complete"] for answer in answers][:2] == [False, False]
+    assert answers[0]["pictures"] == 0
+    assert answers[-1]["complete"] is True
+    captions_edit._known.cache_clear()
+    address = "/api/datasets/zig/pictures?q=0"
+    found = [client.get(address).json() for _ in range(6)]
+    assert (found[0]["complete"], found[0]["pictures"]) == (False, [])
+    assert (found[-1]["complete"], found[-1]["pictures"][0]["key"]) == (True, "0.png")
+    monkeypatch.setattr(datasets_api, "READ", 1000)
+    captions_edit._known.cache_clear()
+    assert client.get("/api/datasets/zig/figures").json() == answers[-1]
 
 
 def test_figures_of_nothing():

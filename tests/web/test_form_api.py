@@ -121,7 +121,7 @@ def test_editing_begins_with_the_jobs_file_and_copying_with_another_name(tmp_pat
     edit = client.get("/api/form/start", params={"edit": 1}).json()
     assert (edit["form"]["text"], edit["edit"]) == (
         text,
-        {"id": 1, "name": "cats", "state": "stopped", "locked": False},
+        {"id": 1, "name": "cats", "state": "stopped", "draft": True, "locked": False},
     )
     copy = client.get("/api/form/start", params={"from": 1}).json()
     assert (copy["form"]["text"], copy["copy_of"]["id"]) == (text.replace("name: cats", "name: cats_3"), 1)

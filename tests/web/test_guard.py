@@ -1,4 +1,4 @@
-"""The guard: hosts, methods, origins, content types, sizes, headers, streams. Numbers of groups: docs/ui.md."""
+"""The guard: hosts, methods, origins, content types, sizes, headers, streams. Numbers of groups: docs/security.md."""
 
 from __future__ import annotations
 

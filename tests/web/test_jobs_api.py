@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,11 @@ import pytest
 from starlette.testclient import TestClient
 
 import web_client
+from detour import UserError
+from detour.config.document import MAX_BYTES
 from detour.config.load import load_text
 from detour.jobs import queue
+from detour.jobs import store as jobs_store
 from detour.jobs.states import Verdict
 from queueing import job_text
 from web_jobs import T0, add, begun, ended, start, step, store_of, write
@@ -159,12 +163,57 @@ def test_a_job_is_added_and_kept_as_a_draft(client: TestClient) -> None:
     assert client.get("/api/jobs/1").json()["cwd"] == str(folder)
 
 
+def test_a_draft_is_kept_with_its_mistakes_and_does_not_start(client: TestClient) -> None:
+    store = store_of(client)
+    text = written(store.folder, stepz=1, batch_size=0)
+    draft = post(client, "/api/jobs", {"text": text, "queued": False}, 201)
+    assert (draft["job"]["state"], draft["job"]["name"]) == ("stopped", "zig")
+    assert "mistakes" in draft["job"]["says"]
+    assert "mistakes" in draft["note"]
+    for job_id in (1, post(client, "/api/jobs/1/clone", {}, 201)["job"]["id"]):
+        refused = client.post(f"/api/jobs/{job_id}/start", json={})
+        assert (refused.status_code, len(refused.json()["errors"])) == (400, 2)
+        with pytest.raises(UserError, match="draft with mistakes"), store._database.transaction() as db:
+            jobs_store._enqueue(db, store.job(job_id))  # whatever way leads there
+    page = client.get("/api/form/start?edit=1").json()
+    assert (page["edit"]["draft"], len(page["form"]["errors"]), page["form"]["text"]) == (True, 2, text)
+    for path in ("", "/text", "/files", "/log", "/samples", "/curves", "/timeline", "/exports"):
+        assert client.get(f"/api/jobs/1{path}").status_code == 200, path
+
+    assert client.put("/api/jobs/1", json={"text": "config: ["}).status_code == 400
+    assert client.put("/api/jobs/1", json={"text": "config: [", "draft": True}).json()["job"]["name"] == "draft"
+    right = written(store.folder)
+    put = client.put("/api/jobs/1", json={"text": right, "draft": True}).json()["job"]
+    assert (put["says"], put["cause"], put["name"]) == ("not started yet", "not_started", "zig")
+    assert store.job(1).run_folders == (store.folder / "output" / "zig",)
+    assert post(client, "/api/jobs/1/start", {})["job"]["state"] == "queued"
+    assert client.put("/api/jobs/1", json={"text": text, "draft": True}).status_code == 400, "it is a draft no more"
+    assert store.text(1) == right
+
+
+@pytest.mark.parametrize("text", ["x: \ud800", "x" * (MAX_BYTES + 1)])
+def test_what_no_file_could_hold_is_no_draft_either(client: TestClient, text: str) -> None:
+    body = json.dumps({"text": text, "queued": False})
+    assert client.post("/api/jobs", content=body).status_code == 400
+    assert ids(client) == []
+
+
+def test_a_draft_leads_to_no_folder_by_its_name(client: TestClient) -> None:
+    text = 'config: {output_name: "../../../etc", output_folder: /}'
+    post(client, "/api/jobs", {"text": text, "queued": False}, 201)
+    store = store_of(client)
+    assert store.job(1).run_folders == (store.folder / "jobs" / "draft",)
+
+
 def test_every_mistake_of_a_job_file_is_answered(client: TestClient) -> None:
     text = written(store_of(client).folder, stepz=1, batch_size=0)
     answer = client.post("/api/jobs", json={"text": text})
     assert answer.status_code == 400
     errors = answer.json()["errors"]
-    assert [error["where"] for error in errors] == ["train.stepz", "train.batch_size"]
+    places = [f"config.process[0].train.{name}" for name in ("stepz", "batch_size")]
+    assert [error["where"] for error in errors] == places, "as a form names its fields"
+    found = client.post("/api/form/read", json={"text": text}).json()["errors"]
+    assert [error["where"] for error in found] == places
     assert ids(client) == []
     assert client.post("/api/jobs", json={"text": text, "cwd": "/"}).status_code == 422
 

@@ -19,6 +19,7 @@ from queueing import until
 from web_jobs import store_of
 
 pytestmark = pytest.mark.slow
+OF_THE_ENVIRONMENT, OF_THE_PAGE = "hf_ofTheEnvironmentSeenByNobody", "hf_ofThePageSeenByNobody"
 PROMPTS = ["a red circle", "a blue square"]
 
 
@@ -60,7 +61,18 @@ def events(client: TestClient) -> list[dict[str, Any]]:
     return [json.loads(line.removeprefix("data: ")) for line in body.splitlines() if line.startswith('data: {"type"')]
 
 
-def test_a_job_from_its_text_to_its_lora_and_further(world: World, tmp_path: Path, client: TestClient) -> None:
+def files_with(secret: str, folder: Path) -> list[Path]:
+    """Logs, events, checkpoints, LoRAs, pictures, the report, the queue: where it stands."""
+    there = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    assert len(there) > 20
+    return [path for path in there if secret.encode() in path.read_bytes()]
+
+
+def test_a_job_from_its_text_to_its_lora_and_further(
+    world: World, tmp_path: Path, client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", OF_THE_ENVIRONMENT)  # before the worker is there, which hands its own on
+    assert client.put("/api/settings/hub-token", json={"token": OF_THE_PAGE}).status_code == 200
     path = job_file(
         world, tmp_path / "job", train={"steps": 6, "batch_size": 2}, save={"save_every": 3},
         sample={"disable_sampling": False, "sample_every": 3, "prompts": PROMPTS},
@@ -100,6 +112,9 @@ def test_a_job_from_its_text_to_its_lora_and_further(world: World, tmp_path: Pat
     kinds = [moment["kind"] for moment in get(client, "/api/jobs/1/timeline")["moments"]]
     assert (kinds[0], kinds[-2:]) == ("created", ["end", "verdict"])
     assert kinds.count("save") >= 3
+
+    assert files_with(OF_THE_ENVIRONMENT, tmp_path) == []
+    assert files_with(OF_THE_PAGE, tmp_path) == [store_of(client).hub_token]
 
     cursor = found["cursor"]
     more = client.post("/api/jobs/1/extend", json={"steps": 2}).json()

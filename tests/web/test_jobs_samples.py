@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
+import runs_made
 import web_client
 from detour import files
 from web_jobs import T0, add, ended, start, store_of, write
@@ -57,6 +58,33 @@ def matrix(client: TestClient, **params: Any) -> dict[str, Any]:
 
 def columns(found: dict[str, Any]) -> dict[int, list[int]]:
     return {column["step"]: column["pictures"] for column in found["steps"]}
+
+
+# --- the teacher gate -------------------------------------------------------------------------------------------------
+
+
+def test_the_teacher_gate_is_shown_with_its_drawings(client: TestClient, folder: Path, tmp_path: Path) -> None:
+    assert matrix(client)["gate"] is None
+    run = runs_made.Made(folder)
+    folder.mkdir(parents=True)
+    run.start()
+    run.gate(["its drawings are more red"])
+    found = matrix(client)["gate"]
+    assert (found["passed"], found["reasons"], len(found["figures"])) == (False, ["its drawings are more red"], 4)
+    assert found["version"] is not None
+    picture = client.get("/api/jobs/1/samples/1/teacher-gate")
+    assert (picture.status_code, picture.headers["content-type"]) == (200, "image/png")
+    assert Image.open(BytesIO(picture.content)).size == (584, 212)
+    assert matrix(client)["steps"] == [], "it is no preview"
+    drawn = folder / "samples" / "teacher-gate.png"
+    drawn.rename(tmp_path / "elsewhere.png")
+    drawn.symlink_to(tmp_path / "elsewhere.png")
+    for address in ("/api/jobs/1/samples/1/teacher-gate", "/api/jobs/1/samples/2/teacher-gate"):
+        assert client.get(address).status_code == 404
+    drawn.unlink()
+    assert matrix(client)["gate"]["version"] is None
+    write(folder, {"type": "gate", "time": T0, "step": 0})
+    assert matrix(client)["gate"] is None
 
 
 # --- the matrix -------------------------------------------------------------------------------------------------------

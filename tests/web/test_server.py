@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import logging
 import os
 import re
 import signal
@@ -19,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 
 import web_client
@@ -403,3 +405,16 @@ def test_no_name_is_run(tmp_path: Path) -> None:
             assert here.wait(job, "finished", "failed").state == "finished", here.log(job)
         assert client.get("/api/jobs").status_code == 200
         assert not list(tmp_path.rglob("pwned?"))
+
+
+def test_that_a_page_has_gone_is_not_worth_saying() -> None:
+    def said(error: BaseException | None, text: str = "Exception in ASGI application") -> bool:
+        found = (type(error), error, None) if error else None
+        return server._is_worth_saying(logging.LogRecord("uvicorn.error", 40, "", 0, text, (), found))
+
+    gone = BaseExceptionGroup("", [anyio.BrokenResourceError()])
+    assert not said(gone)
+    assert said(BaseExceptionGroup("", [anyio.BrokenResourceError(), ValueError()]))
+    assert said(ValueError())
+    assert said(None)
+    assert not said(None, "Cancel 1 running task(s), timeout graceful shutdown exceeded")

@@ -66,7 +66,7 @@ def _text(path: Path) -> str:
     return decoded(data, path)
 
 
-def decoded(data: bytes, path: Path) -> str:
+def decoded(data: bytes, path: Path | str) -> str:
     """The text of a caption file that holds these bytes; UserError, which begins with `path`, where it is none."""
     try:
         text = data.decode("utf-8-sig")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +23,10 @@ class Frozen:
     """Whose queue it stands in: `cpu`, `mps`, `cuda:0`."""
     run_folders: tuple[Path, ...]
     """Where its processes leave their files, in order."""
-    notes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
     """What a file of another trainer asks for and Detour does differently."""
+    faulty: bool = False
+    """It has mistakes: name and queue are guesses, and it cannot run."""
 
 
 def freeze(text: str, cwd: Path, name: str) -> Frozen:
@@ -44,6 +47,24 @@ def freeze(text: str, cwd: Path, name: str) -> Frozen:
             f"make them jobs of their own"
         )
     return Frozen(text, config.output_name, devices.pop(), tuple(folders), tuple(loaded.notes))
+
+
+def freeze_draft(text: str, cwd: Path, name: str, queue: Path) -> Frozen:
+    """The same for a draft, whose text may have mistakes: its run's folder is then one that is never there."""
+    from detour.config.document import check_size, has_half_characters, parse
+    from detour.config.explain import lookup
+
+    check_size(text, name)
+    if has_half_characters(text):
+        raise UserError(f"{name}: the text holds half a character; type it again")
+    try:
+        return freeze(text, cwd, name)
+    except UserError:
+        title: object = None
+    with contextlib.suppress(UserError):
+        title = lookup(parse(text, name).data, ("config", "output_name"))
+    shown = title if isinstance(title, str) and title.isprintable() and title.strip() else "draft"
+    return Frozen(text, shown[:100], queue_of("auto"), (queue / "jobs" / "draft",), faulty=True)
 
 
 def queue_of(device: str) -> str:

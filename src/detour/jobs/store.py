@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from detour import UserError, files
 from detour.jobs.database import Database
-from detour.jobs.frozen import freeze
+from detour.jobs.frozen import Frozen, freeze, freeze_draft
 from detour.jobs.processes import OomKills, Process
 from detour.jobs.states import ACTIVE, ALLOWED, ENDED, Cause, State, StateError, UnknownJobError, Verdict, end_state
 
@@ -77,6 +77,16 @@ class Job:
     started: float | None = None
     """Beginning of the last attempt."""
     ended: float | None = None
+
+    @property
+    def is_draft(self) -> bool:
+        """It was never started."""
+        return self.state == "stopped" and self.attempts == 0
+
+    @property
+    def is_faulty(self) -> bool:
+        """A draft whose job file has mistakes."""
+        return self.is_draft and self.cause == "bad_input"
 
 
 class Store:
@@ -146,25 +156,36 @@ class Store:
         JobError with every mistake of the text; UserError if a waiting or running job writes to the same folder.
         """
         frozen = freeze(text, cwd, source or "job.yaml")
-        new = Job(
-            id=0, name=frozen.name, device=frozen.device, state="stopped", cause="not_started", source=source,
-            reason="not started yet", cwd=cwd.resolve(), run_folders=frozen.run_folders, created=time.time(),
-        )  # fmt: skip
         with self._database.transaction() as db:
-            added = _insert(db, new, text)
+            added = _insert(db, _new(frozen, cwd, source), text)
             return _enqueue(db, added) if queued else added
 
-    def edit(self, job_id: int, text: str) -> Job:
-        """Replace the job file of a job that is not at work. On another device it goes to the end of the queue."""
+    def draft(self, text: str, *, cwd: Path) -> Job:
+        """Add a draft, mistakes and all: it cannot be started before they are put right."""
+        frozen = freeze_draft(text, cwd, "job.yaml", self.folder)
+        with self._database.transaction() as db:
+            return _insert(db, _new(frozen, cwd, None), text)
+
+    def edit(self, job_id: int, text: str, *, draft: bool = False) -> Job:
+        """Replace the job file of a job that is not at work. On another device it goes to the end of the queue.
+        With `draft`, of one that was never started, mistakes and all."""
         before = self.job(job_id)
-        frozen = freeze(text, before.cwd, before.source or "job.yaml")
+        name = before.source or "job.yaml"
+        if draft and before.is_draft:
+            frozen = freeze_draft(text, before.cwd, name, self.folder)
+        else:
+            frozen = freeze(text, before.cwd, name)
         with self._database.transaction() as db:
             job = _get(db, job_id)
+            if frozen.faulty and not job.is_draft:
+                raise StateError(f"job {job_id} is {job.state} by now: its job file has to be right")
             if job.state in ACTIVE:
                 raise StateError(f"job {job_id} is {job.state}: its job file can be changed once it has ended")
             if job.state == "queued":
                 _check_free(db, job_id, frozen.run_folders)
             edited = replace(job, name=frozen.name, device=frozen.device, run_folders=frozen.run_folders)
+            if job.is_draft:
+                edited = replace(edited, **_beginning(frozen))
             if job.position is not None and edited.device != job.device:
                 edited = replace(edited, position=_length(db, edited.device) + 1)
             db.execute("UPDATE document SET text = ? WHERE id = ?", (text, job_id))
@@ -178,9 +199,9 @@ class Store:
             job = _get(db, job_id)
             text = db.execute("SELECT text FROM document WHERE id = ?", (job_id,)).fetchone()["text"]
             new = Job(
-                id=0, name=job.name, device=job.device, state="stopped", cause="not_started", source=job.source,
-                reason=f"a copy of job {job_id}, not started yet", cwd=job.cwd, run_folders=job.run_folders,
-                created=time.time(),
+                id=0, name=job.name, device=job.device, state="stopped", source=job.source, cwd=job.cwd,
+                cause="bad_input" if job.is_faulty else "not_started", run_folders=job.run_folders,
+                reason=f"a copy of job {job_id}, not started yet", created=time.time(),
             )  # fmt: skip
             return _insert(db, new, str(text))
 
@@ -207,7 +228,12 @@ class Store:
             return _get(db, job_id)
 
     def start(self, job_id: int) -> Job:
-        """Queue a job that is not at work, at the end. It goes on from its last checkpoint."""
+        """Queue a job that is not at work, at the end. It goes on from its last checkpoint.
+
+        JobError with every mistake of a draft that was kept with them.
+        """
+        if self.job(job_id).is_faulty:
+            self.edit(job_id, self.text(job_id))
         with self._database.transaction() as db:
             job = _get(db, job_id)
             if job.state not in ENDED:
@@ -378,7 +404,23 @@ def _insert(db: sqlite3.Connection, job: Job, text: str) -> Job:
     return replace(job, id=added.lastrowid)
 
 
+def _new(frozen: Frozen, cwd: Path, source: str | None) -> Job:
+    return Job(
+        id=0, name=frozen.name, device=frozen.device, state="stopped", source=source, cwd=cwd.resolve(),
+        run_folders=frozen.run_folders, created=time.time(), **_beginning(frozen),
+    )  # fmt: skip
+
+
+def _beginning(frozen: Frozen) -> dict[str, Any]:
+    """Why a draft is where it is."""
+    if frozen.faulty:
+        return {"cause": "bad_input", "reason": "a draft with mistakes: edit it to see them"}
+    return {"cause": "not_started", "reason": "not started yet"}
+
+
 def _enqueue(db: sqlite3.Connection, job: Job) -> Job:
+    if job.is_faulty:
+        raise StateError(f"job {job.id} is a draft with mistakes: put them right before it is started")
     _check_free(db, job.id, job.run_folders)
     place = _length(db, job.device) + 1
     return _change(db, job, "queued", position=place, cause=None, reason="", exit_code=None)

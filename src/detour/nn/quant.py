@@ -47,6 +47,9 @@ class _Context(Protocol):
 class _Stored(Protocol):
     """What torchao's tensors can do beyond a plain one."""
 
+    qdata: Tensor
+    scale: Tensor
+
     def dequantize(self, dtype: torch.dtype) -> Tensor: ...
 
 
@@ -128,9 +131,18 @@ def _torchao_converter(qtype: QType, device: torch.device) -> Callable[[nn.Linea
     def convert(linear: nn.Linear) -> nn.Module:
         linear = linear.to(device).requires_grad_(False)
         quantize_(linear, config)
+        if qtype == "float8":
+            _mend_zero_rows(cast("_Stored", linear.weight))
         return QuantizedLinear(linear, qtype).train(linear.training)
 
     return convert
+
+
+def _mend_zero_rows(weight: _Stored) -> None:
+    """Rows of zeros (pruned layers, projections that begin at zero) as zeros: torchao's float8 divides them by 0."""
+    empty = weight.scale == 0  # (out_features, 1)
+    weight.qdata.view(torch.uint8).masked_fill_(empty, 0)
+    weight.scale.masked_fill_(empty, 1.0)
 
 
 def _nf4_converter(device: torch.device) -> Callable[[nn.Linear], nn.Module]:

@@ -54,9 +54,9 @@ class RunFolder:
         return [row for row in found if row[2] is not None and not (row[1] is None and row[2] == "null")]
 
 
-def open_run(path: Path) -> RunFolder:
-    """Read a run's folder. UserError says what is missing or damaged."""
-    history = read_history(path / EVENTS)
+def open_run(path: Path, *, steps: bool = True) -> RunFolder:
+    """Read a run's folder, without `steps` the history of all else. UserError says what is missing or damaged."""
+    history = read_history(path / EVENTS, steps=steps)
     text, job, given = read_job(path)
     process = training(given)
     variant_name, variant = archs.variant_of(process)

@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import Markup
 
 from detour import UserError, files
-from detour.report import words
+from detour.report import gate, words
 from detour.report.charts import FRAME, charts, draw
 from detour.report.folder import open_run
 from detour.report.lora import KINDS, header
-from detour.report.pictures import matrix, spread
+from detour.report.pictures import cell, matrix, spread
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -52,6 +52,9 @@ def render(folder: Path) -> str:
         "summary": _summary(run),
         "drawings": drawings,
         "data": _data(history, drawings),
+        "gate": history.gate,
+        "gate_about": gate.ABOUT,
+        "gate_picture": None if history.gate is None else cell(folder / "samples", 0, history.gate.picture),
         "drifts": spread(history.drifts, DRIFTS),
         "drifts_in_all": len(history.drifts),
         "warnings": _warnings(history),

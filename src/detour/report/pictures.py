@@ -75,7 +75,7 @@ def matrix(history: History, folder: Path, most: int) -> Matrix:
     steps = sorted({step for paths in shown.values() for step in paths})
     chosen = spread(steps, most // max(len(shown), 1))
     rows = [
-        Row(prompt, seed, [_cell(folder, step, paths[step]) if step in paths else None for step in chosen])
+        Row(prompt, seed, [cell(folder, step, paths[step]) if step in paths else None for step in chosen])
         for (_, prompt, seed), paths in shown.items()
     ]
     return Matrix(chosen, rows, [step for step in steps if step not in set(chosen)], len(found) - len(shown))
@@ -88,8 +88,8 @@ def spread(items: Sequence[_Item], most: int) -> list[_Item]:
     return [items[round(number * (len(items) - 1) / (most - 1))] for number in range(most)]
 
 
-def _cell(folder: Path, step: int, path: str) -> Cell:
-    """Only the name of the recorded path counts: the run's folder may have been moved."""
+def cell(folder: Path, step: int, path: str) -> Cell:
+    """One of the run's `samples`. Only the name of the recorded path counts: the folder may have been moved."""
     file = folder / words.last_part(path)
     if not file.is_file():
         return Cell(step, None, "the file is gone")

@@ -14,11 +14,13 @@ import statistics as averages
 from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
+from math import inf
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from detour import UserError
+from detour import UserError, files
 from detour.data import caption_files
 from detour.jobs.states import StateError
 from detour.web.errors import MissingError
@@ -34,6 +36,7 @@ ABSENT = "none"
 """The version of a caption that is not there."""
 SHOWN = 100  # changes that a preview shows; the rest is counted
 COMMON = 40  # words and tags in the statistics
+_WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
 _SMALL_WORDS = frozenset(
     ("a", "an", "and", "are", "as", "at", "by", "for", "from", "in", "into", "is", "it", "its", "of", "on", "or",
      "the", "their", "to", "with")
@@ -144,22 +147,31 @@ def read(dataset: Dataset, key: str) -> Caption:
     if key not in listing.stems:
         raise MissingError(f"there is no picture {key!r} in {dataset.name!r}")
     name = listing.caption(key)
-    return NONE if name is None else _read(dataset.folder / name)
+    return NONE if name is None else _read(str(dataset.folder / name))
 
 
-def read_all(dataset: Dataset, listing: Listing, keys: Sequence[str] | None = None) -> dict[str, Caption]:
-    """The captions of these pictures, or of all. Files that have not changed are not read again."""
+def read_all(
+    dataset: Dataset, listing: Listing, keys: Sequence[str] | None = None, *, most: float = inf
+) -> dict[str, Caption]:
+    """The captions of these pictures, or of all. Files that have not changed are not read again.
+
+    Once `most` were read anew, the rest is left for the next time.
+    """
     known = _known(dataset.folder)
     if len(known) > 2 * len(listing.texts) + 1000:
         known.clear()  # most belong to files that are gone
     found: dict[str, Caption] = {}
+    folder = f"{dataset.folder}{os.sep}"  # texts: 10 000 paths take three times as long
+    before = len(known)
     for key in listing.pictures if keys is None else keys:
+        if len(known) - before >= most:
+            break
         name = listing.caption(key)
-        found[key] = NONE if name is None else _remembered(dataset.folder / name, known)
+        found[key] = NONE if name is None else _remembered(folder + name, known)
     return found
 
 
-_Known = dict["Path", tuple[tuple[int, int, int], Caption]]
+_Known = dict[str, tuple[tuple[int, int, int], Caption]]
 
 
 @lru_cache(maxsize=8)
@@ -168,9 +180,9 @@ def _known(_folder: Path) -> _Known:
     return {}
 
 
-def _remembered(path: Path, known: _Known) -> Caption:
+def _remembered(path: str, known: _Known) -> Caption:
     try:
-        found = path.stat()
+        found = os.stat(path)  # noqa: PTH116
     except FileNotFoundError:
         return NONE
     state = (found.st_size, found.st_mtime_ns, found.st_ino)
@@ -182,17 +194,21 @@ def _remembered(path: Path, known: _Known) -> Caption:
     return caption
 
 
-def _read(path: Path) -> Caption:
+def _read(path: str) -> Caption:
     try:
-        found = path.stat()
-        if found.st_size > LARGEST:
-            problem = f"is longer than {LARGEST >> 10} KiB, so it is no caption"
-            return Caption(None, f"{found.st_size}-{found.st_mtime_ns}", problem)
-        data = path.read_bytes()
+        file = os.open(path, os.O_RDONLY | files.BINARY)  # a file object would take as long again
+        try:
+            data = os.read(file, LARGEST + 1)
+            found = os.fstat(file) if len(data) > LARGEST else None
+        finally:
+            os.close(file)
     except FileNotFoundError:
         return NONE
     except OSError as error:
         return Caption(None, "unread", f"cannot be read: {error.strerror}")
+    if found is not None:
+        problem = f"is longer than {LARGEST >> 10} KiB, so it is no caption"
+        return Caption(None, f"{found.st_size}-{found.st_mtime_ns}", problem)
     try:
         return Caption(caption_files.decoded(data, path), _version(data))
     except UserError as error:
@@ -297,23 +313,28 @@ class Figures:
 
 
 def figures(captions: Mapping[str, Caption]) -> Figures:
-    """Count."""
-    texts = [caption.text.strip() for caption in captions.values() if caption.text is not None]
+    """Count, if they are others than before: 10 000 captions take 0.1 s."""
+    return _counted(tuple(captions.values()))
+
+
+@lru_cache(maxsize=2)
+def _counted(captions: tuple[Caption, ...]) -> Figures:
+    texts = [caption.text.strip() for caption in captions if caption.text is not None]
     said = [text for text in texts if text]
     lengths = [len(text.split()) for text in said]
     steps = Counter(length // 10 * 10 for length in lengths)
-    words: Counter[str] = Counter()
-    tags: Counter[str] = Counter()
-    for text in said:
-        small = text.lower()
-        words.update(set(re.findall(r"[^\W_]+(?:['’-][^\W_]+)*", small)) - _SMALL_WORDS)
-        if "," in small:
-            tags.update({part for tag in small.split(",") if (part := " ".join(tag.split()))})
+    lowered = [text.lower() for text in said]
+    words = Counter(chain.from_iterable(set(_WORD.findall(text)) for text in lowered))
+    for word in _SMALL_WORDS:
+        del words[word]
+    lists = (text.split(",") for text in lowered if "," in text)
+    tags = Counter(chain.from_iterable({" ".join(tag.split()) for tag in tags} for tags in lists))
+    del tags[""]
     return Figures(
         pictures=len(captions),
-        missing=sum(caption.version == ABSENT for caption in captions.values()),
+        missing=sum(caption.version == ABSENT for caption in captions),
         empty=len(texts) - len(said),
-        unreadable=sum(bool(caption.problem) for caption in captions.values()),
+        unreadable=sum(bool(caption.problem) for caption in captions),
         shortest=min(lengths, default=0),
         median=averages.median(lengths) if lengths else 0,
         longest=max(lengths, default=0),

@@ -12,7 +12,7 @@ from fastapi import APIRouter, Query
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from detour.report import words
+from detour.report import gate, words
 from detour.web import event_files, progress
 from detour.web.event_files import number
 from detour.web.found import FoundJob
@@ -116,7 +116,8 @@ class Moment(BaseModel):
     """Something that happened."""
 
     kind: str
-    """`created`, `stage`, `start`, `warning`, `save`, `stop`, `broke_off`, `end`; last `verdict` or `failed`."""
+    """`created`, `stage`, `start`, `gate`, `plateau`, `warning`, `save`, `stop`, `broke_off`, `end`; last `verdict` or
+    `failed`."""
     time: float | None
     """Unix seconds."""
     step: int | None
@@ -131,14 +132,16 @@ class Timeline(BaseModel):
     moments: list[Moment]
     left_out: int
     """Older ones that are not kept."""
+    complete: bool
+    """False: a file is long and more of it is read at the next request."""
 
 
 @contextmanager
-def history_of(job: Job, process: int) -> Iterator[Reader]:
+def history_of(job: Job, process: int, share: float = 1.0) -> Iterator[Reader]:
     """The history of a process (from 1), read on, and held as long as it is looked at."""
     reader = HISTORIES.of(job.run_folders[process - 1] / event_files.NAME)
     with reader.lock:
-        reader.update()
+        reader.update(share)
         yield reader
 
 
@@ -189,17 +192,18 @@ def job_curves(
 def job_timeline(job: FoundJob) -> Timeline:
     """What happened to a job: its events that are not figures, with what the queue knows."""
     added = Moment(kind="created", time=job.created, step=None, text="added to the queue", process=1)
-    by_process, left_out = list[list[Moment]](), 0
+    by_process, left_out, complete = list[list[Moment]](), 0, True
     for process in range(1, len(job.run_folders) + 1):
-        with history_of(job, process) as reader:
+        with history_of(job, process, 1 / len(job.run_folders)) as reader:
             by_process.append(list(_moments(reader.history, process)))
             left_out += reader.history.left_out
+            complete = complete and reader.complete
     moments = [added, *heapq.merge(*by_process, key=lambda moment: moment.time or 0.0)]  # each as in its file
     if job.ended is not None and job.cause is not None:
         last = len(job.run_folders)
         kind = "failed" if job.state == "failed" else "verdict"
         moments.append(Moment(kind=kind, time=job.ended, step=None, text=job.reason, process=last))
-    return Timeline(moments=moments, left_out=left_out)
+    return Timeline(moments=moments, left_out=left_out, complete=complete)
 
 
 # --- curves -----------------------------------------------------------------------------------------------------------
@@ -297,14 +301,16 @@ def _words(record: dict[str, Any]) -> tuple[str, list[str]]:
             took = (number(record, "time") or 0.0) - (number(record, "began") or number(record, "time") or 0.0)
             after = f", in {words.duration(took)}" if took >= 1 else ""
             return f"{record.get('name')}: {record.get('done')} of {record.get('total')}{note}{after}", []
+        case "gate":
+            return gate.told(record)
         case "save":
             lora = f" and {_file(record['lora'])}" if record.get("lora") else ""
             proof = [str(record["proof"])] if record.get("proof") else []
             return f"saved {_file(record.get('checkpoint'))}{lora}", proof
-        case "stop":
-            return f"asked to stop ({record.get('reason')}); saves first", []
-        case "end":
-            return f"ended after {words.duration(number(record, 'seconds') or 0.0)}: {record.get('reason')}", []
+        case "plateau" | "stop" | "end" as kind:
+            ended = f"ended after {words.duration(number(record, 'seconds') or 0.0)}:"
+            begins = {"plateau": "done:", "stop": "asked to stop, and saves first:", "end": ended}[kind]
+            return f"{begins} {record.get('reason')}", []
     details = [str(line) for line in found] if isinstance(found := record.get("details"), list) else []
     more = [f"and {len(details) - DETAILS} more"] if len(details) > DETAILS else []
     return str(record.get("message", "")), details[:DETAILS] + more

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 router = APIRouter(tags=["datasets"])
 MOST = 200  # pictures in one answer
+READ = 1000  # captions that one request reads anew before it looks at all of them: 0.02 s, 0.1 s where much goes on
 
 
 def library(request: Request) -> Library:
@@ -136,6 +138,8 @@ class Pictures(BaseModel):
     """That fit the search."""
     offset: int
     pictures: list[PictureInfo]
+    complete: bool = True
+    """False: none yet, since captions are being read for the first time; ask again."""
 
 
 class CaptionInfo(BaseModel):
@@ -221,7 +225,7 @@ class HistoryInfo(BaseModel):
 class Figures(BaseModel):
     """See `captions_edit.Figures`."""
 
-    model_config = ConfigDict(from_attributes=True)
+    complete: bool
     pictures: int
     missing: int
     empty: int
@@ -376,7 +380,9 @@ def list_pictures(
     listing = dataset.listing()
     keys = list(listing.pictures)
     if q or only == "uncaptioned":
-        captions = captions_edit.read_all(dataset, listing)
+        captions = captions_edit.read_all(dataset, listing, most=READ)
+        if len(captions) < len(keys):
+            return Pictures(total=0, offset=offset, pictures=[], complete=False)
         wanted = q.casefold()
         keys = [
             key for key in keys
@@ -412,8 +418,11 @@ def _info(caption: captions_edit.Caption) -> CaptionInfo:
 
 @router.get("/api/datasets/{name}/figures")
 def caption_figures(dataset: FoundDataset) -> Figures:
-    """Figures about all captions."""
-    return Figures.model_validate(captions_edit.figures(captions_edit.read_all(dataset, dataset.listing())))
+    """Figures about all captions; about none as long as there are many to be read for the first time."""
+    listing = dataset.listing()
+    captions = captions_edit.read_all(dataset, listing, most=READ)
+    complete = len(captions) == len(listing.pictures)
+    return Figures(**asdict(captions_edit.figures(captions if complete else {})), complete=complete)
 
 
 @router.post("/api/datasets/{name}/bulk/preview")

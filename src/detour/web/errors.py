@@ -1,6 +1,6 @@
 """What goes wrong, as an answer: JSON for the API, a page for the rest. Never a traceback, never what was sent.
 
-{"error": "a sentence", "errors": [{"where": "train.lr", "place": "job.yaml:12", "message": "..."}]}
+{"error": "a sentence", "errors": [{"where": "config.process[0].train.lr", "place": "job.yaml:12", "message": "..."}]}
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from detour import UserError, files
-from detour.config.document import JobError
+from detour.config.document import JobError, dotted
 from detour.files import DiskFullError
 from detour.jobs.database import FolderGoneError
 from detour.jobs.states import StateError, UnknownJobError
@@ -82,7 +82,7 @@ async def _user_error(request: Request, error: UserError) -> Response:
     status = next((STATUS[kind] for kind in type(error).__mro__ if kind in STATUS), 400)
     errors = []
     if isinstance(error, JobError):
-        errors = [{"where": found.option, "place": found.place, "message": found.what} for found in error.mistakes]
+        errors = [{"where": dotted(found.key), "place": found.place, "message": found.what} for found in error.mistakes]
     headers = {"Retry-After": f"{error.seconds:.0f}"} if isinstance(error, ThrottledError) else None
     return answer(request, status, str(error), errors, headers)
 

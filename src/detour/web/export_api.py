@@ -354,7 +354,7 @@ def _about(offer: _Offer, export_id: str, base: str, repository: str) -> tuple[R
     lora_id, _, fmt = export_id.rpartition(".")
     made = _made(offer, export_id)
     process, lora = offer.get(lora_id)
-    run = open_run(offer.run_folder(process))
+    run = open_run(offer.run_folder(process), steps=False)
     own = next((other.proof for other in run.loras if other.path == made.path), None)
     step = lora.step or int(header(lora.path).get("detour.step", run.history.last_step))
     about = CardOf(

@@ -61,6 +61,8 @@ class JobAtHand(BaseModel):
     id: int
     name: str
     state: State
+    draft: bool
+    """It was never started: it may be kept with mistakes."""
     locked: bool
     """It is at work: its job file can be changed once it has ended."""
 
@@ -170,7 +172,7 @@ def start(
         text = form.renamed(text, {other.name for other in here.store.jobs()})
     about = None
     if job is not None:
-        about = JobAtHand(id=job.id, name=job.name, state=job.state, locked=job.state in ACTIVE)
+        about = JobAtHand(id=job.id, name=job.name, state=job.state, draft=job.is_draft, locked=job.state in ACTIVE)
     return Start(
         form=form.read(text),
         edit=about if edit is not None else None,

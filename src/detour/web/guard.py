@@ -41,6 +41,7 @@ PUBLIC = frozenset(
         # What the login page shows itself with: text of this program, the same for everybody.
         ("GET", "/static/app.css"),
         ("GET", "/static/app.js"),
+        ("GET", "/static/icon.svg"),
         ("GET", "/static/theme.js"),
         ("GET", "/static/login.js"),
     }

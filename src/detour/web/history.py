@@ -7,6 +7,7 @@ curves are those of the weights as they are. The timeline and the list of sample
 from __future__ import annotations
 
 import threading
+import time
 from array import array
 from bisect import bisect_right
 from collections import OrderedDict, deque
@@ -25,7 +26,10 @@ FIGURES = ("time", "loss", "lr", "grad_norm", "seconds", "seconds_outside", "mem
 EDGES = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Bands of times, in [0, 1] with 0 clean and 1 noise; each holds its lower edge, the last its upper one too."""
 BANDS = len(EDGES) - 1
-PIECE = 4 << 20  # bytes that one request reads at most: 12 000 steps, a tenth of a second
+WORK = 0.06
+"""Seconds of processor time that one request spends on reading: 3 000 steps. Of work and not of bytes, so that an
+answer comes as soon on a slow machine; not by the clock, so that it holds as much on a busy one."""
+_AT_ONCE = 50  # lines between two looks at the time
 MOST_STEPS = 200_000  # of a run; of longer ones every second is dropped, then every second of those, ...
 MOST_IN_ALL = 400_000  # steps of all runs that are kept at once: about 60 MB
 MOST_RUNS = 16
@@ -110,8 +114,10 @@ class History:
     drifts: list[dict[str, Any]] = field(default_factory=list)
     samples: dict[tuple[int, int], tuple[str, int | None]] = field(default_factory=dict)
     """(step, index) -> prompt and seed."""
+    gate: dict[str, Any] | None = None
+    """What the teacher gate found."""
     moments: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=MOST_MOMENTS))
-    """Beginnings, stages, warnings, saves, stops and ends, as in the file."""
+    """Beginnings, stages, gates, plateaus, warnings, saves, stops and ends, as in the file."""
     left_out: int = 0
     """Older moments that are not kept."""
 
@@ -140,10 +146,12 @@ class History:
             seed = number(record, "seed")
             place = int(step), int(number(record, "index") or 0)
             self.samples[place] = str(record.get("prompt", "")), None if seed is None else int(seed)
-        elif kind in ("start", "stage", "warning", "save", "stop", "end"):
+        elif kind in ("start", "stage", "gate", "plateau", "warning", "save", "stop", "end"):
             self._moment(record)
             if kind == "start":
                 self._start(record, int(step or 0))
+            elif kind == "gate":
+                self.gate = record
 
     def _start(self, record: dict[str, Any], step: int) -> None:
         total = number(record, "total_steps")
@@ -179,8 +187,8 @@ class Reader:
         self._path = path
         self._mark = Mark()
 
-    def update(self, most: int = PIECE) -> None:
-        """Read on, about so many bytes at most. UserError where the file cannot be read."""
+    def update(self, share: float = 1.0) -> None:
+        """Read on, for about that share of `WORK` at most. UserError where the file cannot be read."""
         file = event_files.opened(self._path)
         self.complete = True
         if file is None:
@@ -190,11 +198,11 @@ class Reader:
             if not event_files.holds(file, name, self._mark):  # another file has the name now
                 self._mark, self.history = Mark(), History()
             self.history.file = name
-            until = self._mark.offset + most
-            for line, behind in event_files.lines(file, self._mark.offset):
+            until = time.thread_time() + share * WORK
+            for number, (line, behind) in enumerate(event_files.lines(file, self._mark.offset), 1):
                 self.history.take(event_files.event(line))
                 self._mark = Mark(name, behind)
-                if behind >= until:
+                if number % _AT_ONCE == 0 and time.thread_time() >= until:
                     self.complete = False
                     return
 

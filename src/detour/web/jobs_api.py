@@ -112,7 +112,7 @@ class NewJob(_Body):
 
     text: str
     queued: bool = True
-    """Start it when its turn comes; otherwise it is a draft."""
+    """Start it when its turn comes; otherwise it is a draft, which may have mistakes."""
     like: int | None = Field(default=None, ge=1, lt=10**15)
     """A job from whose folder relative paths count, as in a copy of it; otherwise from the queue's folder."""
 
@@ -121,6 +121,8 @@ class JobText(_Body):
     """A job file in place of another."""
 
     text: str
+    draft: bool = False
+    """It may have mistakes, if the job was never started."""
 
 
 class Stop(_Body):
@@ -250,18 +252,25 @@ def _commands(store: Store, job: Job) -> dict[str, str]:
 
 @router.post("/api/jobs", status_code=201)
 def add_job(here: Here, new: NewJob) -> Acted:
-    """Add a job file, at the end of its device's queue or as a draft. Every mistake in it is reported at once."""
+    """Add a job file, at the end of its device's queue or as a draft. Every mistake in it is reported at once.
+
+    A draft is kept with its mistakes; it cannot be started before they are put right.
+    """
     queue.settle(here.store)
     cwd = here.folder if new.like is None else here.store.job(new.like).cwd
-    job = here.store.add(new.text, cwd=cwd, queued=new.queued)
-    return _acted(here.store, job, _waits(here.store, job) if new.queued else f"job {job.id} is kept as a draft")
+    if new.queued:
+        job = here.store.add(new.text, cwd=cwd)
+        return _acted(here.store, job, _waits(here.store, job))
+    job = here.store.draft(new.text, cwd=cwd)
+    mistakes = ", with its mistakes" if job.is_faulty else ""
+    return _acted(here.store, job, f"job {job.id} is kept as a draft{mistakes}")
 
 
 @router.put("/api/jobs/{job_id:number}")
 def edit_job(here: Here, job: FoundJob, new: JobText) -> Acted:
     """Replace the job file of a job that is not at work."""
     queue.settle(here.store)
-    edited = here.store.edit(job.id, new.text)
+    edited = here.store.edit(job.id, new.text, draft=new.draft)
     return _acted(here.store, edited, f"job {job.id} has its new job file")
 
 

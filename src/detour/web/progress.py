@@ -1,7 +1,8 @@
 """How far a job is, from the end of its event file: cheap enough for a list that is asked for every two seconds.
 
-A file that has not changed is not opened again. Of others the last 16 KiB are read (about 60 steps), and once, where
-the run's beginning is not among them, what is needed to find it: it says how many steps there are in all.
+A file that has not changed is not opened again. Of others the last 16 KiB are read (about 50 steps; half of that where
+a job has ended), and once, where the run's beginning is not among them, what is needed to find it: it says how many
+steps there are in all.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 
     from detour.jobs.store import Job
 
-TAIL = 1 << 14
+TAIL = {True: 1 << 14, False: 1 << 13}
+"""Bytes that are read of a job at work, and of one that has ended: a page may list 200 of those for the first time."""
 LONG_TAIL = 1 << 18  # where the last 16 KiB hold no step: warnings may be long
 FAR = {True: 1 << 26, False: 1 << 22}
 """Bytes that are searched backwards for a run's beginning: of a job at work (few), and of one that has ended (many)."""
@@ -97,7 +99,7 @@ class Meter:
             return None
         index, path, stat = last
         at_work = job.state in ACTIVE
-        found = self._look(path, stat, far=FAR[at_work])
+        found = self._look(path, stat, at_work=at_work)
         if found is None or (found.step is None and found.stage is None):
             return None
         total = found.step if found.finished else found.total
@@ -111,7 +113,8 @@ class Meter:
             processes=len(job.run_folders),
         )
 
-    def _look(self, path: Path, stat: os.stat_result, far: int) -> _Found | None:
+    def _look(self, path: Path, stat: os.stat_result, *, at_work: bool) -> _Found | None:
+        tail, far = TAIL[at_work], FAR[at_work]
         with self._lock:
             known = self._known.get(path)
         if known is not None and (known.inode, known.size, known.changed) == _identity(stat):
@@ -120,14 +123,14 @@ class Meter:
         if file is None:
             return None
         with file:
-            found = _tail(file, stat.st_size, TAIL)
-            if found.step is None and stat.st_size > TAIL:
+            found = _tail(file, stat.st_size, tail)
+            if found.step is None and stat.st_size > tail:
                 found = _tail(file, stat.st_size, LONG_TAIL)
             if not found.started:
                 same = known is not None and known.inode == stat.st_ino and known.size <= stat.st_size
                 # What was appended since may hold a new beginning, if it is more than what was read now.
                 appended = stat.st_size - known.size if known is not None and same else far
-                start = _last_start(file, stat.st_size, min(far, appended + TAIL))
+                start = _last_start(file, stat.st_size, min(far, appended + tail))
                 found.total = start if start is not None or known is None or not same else known.found.total
         with self._lock:
             self._known[path] = _Known(*_identity(stat), found)

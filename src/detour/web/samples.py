@@ -8,7 +8,7 @@ import re
 import stat
 from functools import lru_cache
 from io import BytesIO
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from fastapi import APIRouter, Query
 from fastapi.responses import FileResponse, Response
@@ -19,6 +19,7 @@ from starlette.exceptions import HTTPException
 from detour import UserError, files
 from detour.config.load import load_text
 from detour.data import images
+from detour.report import gate
 from detour.web.curves import history_of, process_of
 from detour.web.found import FoundJob, Here
 from detour.web.job_files import ran
@@ -33,6 +34,8 @@ router = APIRouter()
 KEPT = {"Cache-Control": "private, max-age=31536000, immutable"}
 """Addresses of pictures carry a version, so that a browser need not ask again while somebody scrubs through steps."""
 
+GATE = "teacher-gate.png"
+"""Among the previews, what `train.run` leaves of the teacher gate."""
 _NAME = re.compile(r"(\d{9,15})-(\d{2,6})\.png")
 _BUDGET = images.Budget(40_000_000)  # pixels that all requests decode at once: 120 MB
 
@@ -59,6 +62,20 @@ class Column(BaseModel):
     """Prompts that were others than those of the rows: the job file was edited since."""
 
 
+class Gate(BaseModel):
+    """What the teacher gate found before the first step."""
+
+    passed: bool
+    says: str
+    about: str
+    figures: list[tuple[str, str]]
+    """Label and value."""
+    reasons: list[str]
+    """Why the teacher should not teach as it is."""
+    version: int | None
+    """Of the picture that it has left, for its address; None where that is gone."""
+
+
 class Samples(BaseModel):
     """Which previews there are."""
 
@@ -68,6 +85,10 @@ class Samples(BaseModel):
     steps: list[Column]
     untouched: list[int]
     """Prompts whose picture at step 0 is the untouched model's, drawn with the same prompt and seed."""
+    gate: Gate | None
+    """None where there was no teacher gate."""
+    complete: bool
+    """False: the events, which tell the prompts, are long, and more of them is read at the next request."""
 
 
 @router.get("/api/jobs/{job_id:number}/samples")
@@ -75,7 +96,8 @@ def job_samples(here: Here, job: FoundJob, process: Annotated[int | None, Query(
     """The matrix of previews of a process: rows are prompts, columns are steps."""
     which = process_of(job, process)
     with history_of(job, which) as reader:
-        told = dict(reader.history.samples)
+        told, complete = dict(reader.history.samples), reader.complete
+        record = reader.history.gate
     steps: dict[int, dict[int, int]] = {}
     for step, index, changed in _pictures(_folder(job, which)):
         steps.setdefault(step, {})[index] = changed
@@ -102,6 +124,8 @@ def job_samples(here: Here, job: FoundJob, process: Annotated[int | None, Query(
         prompts=[Row(index=index, prompt=prompt, seed=seed) for index, (prompt, seed) in rows.items()],
         steps=columns,
         untouched=sorted(same) if same and _begins_untouched(here.store, job) else [],
+        gate=None if record is None else _gate(record, _folder(job, which)),
+        complete=complete,
     )
 
 
@@ -133,6 +157,30 @@ def sample_thumbnail(
         with contextlib.suppress(UserError, OSError):  # a full disk: it is made again next time
             files.write_bytes(kept, data)
     return Response(data, media_type="image/webp", headers=KEPT)
+
+
+@router.get("/api/jobs/{job_id:number}/samples/{process:number}/teacher-gate", response_class=FileResponse)
+def gate_picture(job: FoundJob, process: int) -> FileResponse:
+    """What the teacher gate drew, beside the training pictures: a PNG."""
+    if 1 <= process <= len(job.run_folders):
+        path = _folder(job, process) / GATE
+        if not path.is_symlink() and path.is_file():
+            return FileResponse(path, media_type="image/png", headers=KEPT)
+    raise HTTPException(404, f"job {job.id} has no drawings of a teacher gate")
+
+
+def _gate(record: dict[str, Any], folder: Path) -> Gate | None:
+    try:
+        found = gate.read(record)
+    except (KeyError, TypeError, ValueError):
+        return None  # the timeline tells that it is damaged
+    version = None
+    with contextlib.suppress(OSError):
+        version = (folder / GATE).lstat().st_mtime_ns // 1000
+    return Gate(
+        passed=found.passed, says=found.says, about=gate.ABOUT, figures=found.figures, reasons=found.reasons,
+        version=version,
+    )  # fmt: skip
 
 
 def thumbnails(store: Store, job_id: int) -> Path:

@@ -7,6 +7,7 @@ and which token is good. A second one would add nothing but these gaps: it refus
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import ipaddress
@@ -26,6 +27,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import anyio
 import uvicorn
 from filelock import FileLock, Timeout
 
@@ -132,8 +134,11 @@ def _until_asked() -> Iterator[None]:
 
 
 def _is_worth_saying(record: logging.LogRecord) -> bool:
-    """Pages that wait for events are cut off at the end, every time."""
-    return not record.getMessage().startswith("Cancel ")
+    """Not that pages that wait for events are cut off at the end, nor that one has gone while events came."""
+    error = record.exc_info[1] if record.exc_info else None
+    gone = isinstance(error, BaseExceptionGroup) and error.split(anyio.BrokenResourceError)[1] is None
+    cut_off = isinstance(error, asyncio.CancelledError)
+    return not gone and not cut_off and not record.getMessage().startswith("Cancel ")
 
 
 # --- addresses --------------------------------------------------------------------------------------------------------

@@ -21,6 +21,15 @@ export async function api(method, address, body) {
   return data;
 }
 
+/** What an address answers once it says that it is complete: of long files each answer has read a piece more. */
+export async function whole(address, each = () => {}) {
+  for (;;) {
+    const found = await api("GET", address);
+    each(found);
+    if (found.complete) return found;
+  }
+}
+
 export class ApiError extends Error {
   constructor(status, message, data) {
     super(message);
@@ -49,8 +58,9 @@ export function element(name, attributes = {}, ...children) {
   return made;
 }
 
-/** Run an action with its button disabled; what goes wrong is shown. */
+/** Run an action with its button disabled; what goes wrong is shown. What had the focus has it afterwards. */
 export async function during(button, action) {
+  const focused = button && document.activeElement === button; // a disabled button loses it
   if (button) button.disabled = true;
   try {
     return await action();
@@ -59,5 +69,6 @@ export async function during(button, action) {
     return undefined;
   } finally {
     if (button) button.disabled = false;
+    if (focused && document.activeElement === document.body) button.focus();
   }
 }

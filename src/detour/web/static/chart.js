@@ -29,12 +29,13 @@ for (const query of ["(prefers-color-scheme: dark)", "(max-width: 40rem)"]) {
 export class Chart {
   /**
    * `unit` stands behind values and at the axis, which is called `axis` where there is none. `empty` says why there may be
-   * nothing; without it the chart hides itself.
+   * nothing; without it the chart hides itself. `zero` begins the values' axis at 0.
    */
-  constructor(parent, { title, unit = "", axis = unit, empty = "", help = "", tall = false }) {
+  constructor(parent, { title, unit = "", axis = unit, empty = "", help = "", tall = false, zero = false }) {
     this.title = title;
     this.unit = unit;
     this.axis = axis;
+    this.zero = zero;
     this.last = element("span", { class: "quiet" });
     this.plot = element("div", { class: tall ? "plot tall" : "plot", role: "img" });
     this.note = element("p", { class: "quiet" }, empty);
@@ -75,8 +76,8 @@ export class Chart {
 
   /** Draw again what there is, in the colours and the width of now. What is not on the screen has no width yet. */
   async redraw() {
-    if (!this.lines || !this.plot.offsetParent) return;
     const library = await plotly;
+    if (!this.lines || !this.plot.offsetParent) return; // asked after the wait: its tab may have been left meanwhile
     await library.react(this.plot, this.lines.map((line) => trace(line, this.unit)), layout(this), CONFIG);
     if (this.width !== this.plot.clientWidth) library.Plots.resize(this.plot);
     this.width = this.plot.clientWidth;
@@ -106,7 +107,7 @@ function layout(chart) {
     modebar: { bgcolor: "rgba(0,0,0,0)", color: colour("--quiet"), activecolor: colour("--accent") },
     hoverlabel: { bgcolor: colour("--card"), bordercolor: colour("--line"), font: { color: colour("--text") } },
     xaxis: { ...axis, title: { text: "step" }, rangemode: "tozero" },
-    yaxis: { ...axis, title: { text: chart.axis }, type: chart.log ? "log" : "linear", exponentformat: "e" },
+    yaxis: { ...axis, title: { text: chart.axis }, type: chart.log ? "log" : "linear", rangemode: chart.zero ? "tozero" : "normal", exponentformat: "e" },
     showlegend: chart.lines.length > 1, legend: { orientation: "h", y: 1.02, yanchor: "bottom" },
     uirevision: `${chart.title} ${chart.log}`, // what was zoomed into stays while values come in
   };

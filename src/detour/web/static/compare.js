@@ -1,5 +1,5 @@
 /* Two jobs side by side: options that differ, curves over each other, previews by prompt and step. */
-import { api, element } from "./app.js";
+import { api, element, whole } from "./app.js";
 import { Chart, smoothed } from "./chart.js";
 import { curves, lossLines, memory } from "./job_curves.js";
 import { pictures, Scrubber, Viewer } from "./matrix.js";
@@ -37,7 +37,7 @@ async function options() {
   at("differences").hidden = found.differences.length === 0;
   at("no-texts").hidden = !found.trouble;
   at("no-texts").textContent = found.trouble;
-  const value = (text) => (text === null ? element("span", { class: "quiet" }, "not set") : text);
+  const value = (text) => (text === null ? element("span", { class: "quiet" }, "not set") : element("div", { class: "value" }, text));
   at("differences").tBodies[0].replaceChildren(...found.differences.map(({ option, a, b }) =>
     element("tr", {}, element("td", {}, option), element("td", {}, value(a)), element("td", {}, value(b)))));
 }
@@ -47,10 +47,10 @@ async function options() {
 const CHARTS = [
   [{ title: "Validation loss", axis: "loss" }, (one) => [one.validation.step, one.validation.loss], { dots: true }],
   [{ title: "Drift", unit: "relative" }, (one) => [one.drift.step, one.drift.drift], { dots: true }],
-  [{ title: "Learning rate", axis: "learning rate" }, (one) => [one.steps.step, one.steps.lr], {}],
+  [{ title: "Learning rate", axis: "learning rate", zero: true }, (one) => [one.steps.step, one.steps.lr], {}],
   [{ title: "Gradient norm", axis: "norm" }, (one, half) => [one.steps.step, smoothed(one.steps.step, one.steps.grad_norm, half)], {}],
-  [{ title: "Time of a step", unit: "s" }, (one, half) => [one.steps.step, smoothed(one.steps.step, one.steps.seconds, half)], {}],
-  [{ title: "Memory", unit: "GiB" }, (one) => [one.steps.step, one.steps.memory_bytes.map((value) => (value === null ? null : value / 2 ** 30))], {}],
+  [{ title: "Time of a step", unit: "s", zero: true }, (one, half) => [one.steps.step, smoothed(one.steps.step, one.steps.seconds, half)], {}],
+  [{ title: "Memory", unit: "GiB", zero: true }, (one) => [one.steps.step, one.steps.memory_bytes.map((value) => (value === null ? null : value / 2 ** 30))], {}],
 ];
 
 async function drawCurves() {
@@ -81,7 +81,7 @@ function nearest(source, index, step) {
 
 async function drawSamples() {
   const source = {};
-  for (const side of SIDES) source[side] = pictures(Number(chosen[side]), await api("GET", `/api/jobs/${chosen[side]}/samples`));
+  for (const side of SIDES) source[side] = pictures(Number(chosen[side]), await whole(`/api/jobs/${chosen[side]}/samples`));
   const steps = [...new Set(SIDES.flatMap((side) => source[side].steps))].sort((one, other) => one - other);
   at("no-samples").hidden = steps.length > 0;
   at("sample-view").hidden = steps.length === 0;

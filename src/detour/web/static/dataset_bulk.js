@@ -1,5 +1,5 @@
 /* Changing many captions: find and replace, a word before or after, always with a preview; and figures about them. */
-import { api, during, element, toast } from "./app.js";
+import { api, during, element, toast, whole } from "./app.js";
 import { address, at, changed, count, offerUndo } from "./dataset_tools.js";
 
 let planned = null;
@@ -7,7 +7,7 @@ let planned = null;
 /** Show the figures; forms stay as they are. */
 export async function showBulk() {
   try {
-    at("figures").replaceChildren(...figures(await api("GET", address("/figures"))));
+    at("figures").replaceChildren(...figures(await whole(address("/figures"))));
   } catch (error) {
     at("figures").textContent = error.message;
   }

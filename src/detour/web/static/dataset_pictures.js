@@ -1,5 +1,5 @@
 /* The pictures of a dataset, a page at a time, each with its caption, which saves itself. */
-import { api, during, element, toast } from "./app.js";
+import { api, during, element, toast, whole } from "./app.js";
 import { address, at, changed, count, offerUndo, thumbnail } from "./dataset_tools.js";
 
 const PER_PAGE = 60;
@@ -107,7 +107,7 @@ export async function showPictures() {
   const mine = ++asked;
   await saveAll();
   const query = { offset, limit: PER_PAGE, q: at("search").value.trim(), only: at("uncaptioned").checked ? "uncaptioned" : "all" };
-  const found = await api("GET", address("/pictures", null, query)).catch((error) => toast(error.message, "error"));
+  const found = await whole(address("/pictures", null, query)).catch((error) => toast(error.message, "error"));
   if (!found || mine !== asked) return;
   total = found.total;
   if (offset >= total && offset > 0) {

@@ -2,9 +2,11 @@
    a change to the text asks it for what the fields show. What was typed is kept in this tab until it is submitted. */
 
 import { api, during, element, toast } from "./app.js";
+import { showJob, showPresets } from "./form_about.js";
 import { commandFor, saveAs } from "./form_command.js";
 import { Editor } from "./form_editor.js";
 import { Field, Rows, explained, shown, valueAt } from "./form_fields.js";
+import { filter } from "./form_filter.js";
 
 const byId = (id) => document.getElementById(id);
 const MEMORY = `detour.form${location.pathname}${location.search}`;
@@ -219,7 +221,7 @@ function refresh() {
   showPreset();
   showErrors();
   byId("command").textContent = commandFor(start.folder, jobName());
-  filter();
+  filter(registry);
 }
 
 function showProcesses() {
@@ -304,42 +306,21 @@ function fieldOf(where) {
 
 const jobName = () => String(valueAt(good.values, "config.output_name") ?? valueAt(good.values, "config.name") ?? "") || "job";
 
-/** Show the options that fit the words; inside lists, say where they are. */
-function filter() {
-  const words = byId("filter").value.toLowerCase().split(/\s+/).filter(Boolean);
-  const fits = (about) => words.every((word) => `${about.label} ${about.path} ${about.help}`.toLowerCase().includes(word));
-  let found = 0;
-  for (const group of byId("groups").children) {
-    let here = 0;
-    for (const child of group.querySelectorAll(":scope > .few > [data-path]")) {
-      const about = registry.get(child.dataset.path).about;
-      child.hidden = words.length > 0 && !fits(about) && !about.rows.some(fits);
-      here += child.hidden ? 0 : 1;
-    }
-    group.hidden = here === 0;
-    if (words.length) group.open = here > 0;
-    found += here;
-  }
-  const inside = [...registry.values()].filter((field) => field instanceof Rows && byId("first").contains(field.element));
-  const others = inside.flatMap(({ about }) => about.rows.filter(fits).map((row) => `${row.label} (in each entry of ${about.label})`));
-  byId("filter-found").textContent = words.length ? [`${found} found`, ...others].join("; ") : "";
-  byId("more-count").textContent = `${[...registry.values()].filter((field) => byId("groups").contains(field.element)).length}`;
-}
-
 // --- what a person does ----------------------------------------------------------------------------------------------
 
 function choosePreset(name, overwrite = []) {
   return inTurn(() => changeText("/api/form/preset", { preset: name, overwrite }));
 }
 
-/** Everything is in the text and read; the mistakes are shown. True if there are none. */
-async function settled() {
+/** Everything is in the text and read; the mistakes are shown. True if there are none. `quiet` stays where it is. */
+async function settled(quiet) {
   for (let tries = 0; waiting.size && tries < 5; tries += 1) await sendWaiting();
   await readText();
   isNew = false;
   refresh();
   if (waiting.size) throw new Error("The YAML cannot be read, so some changes of fields are not in it yet. Put it right first.");
   if (!state.errors.length) return true;
+  if (quiet) return false;
   const first = state.errors.map((error) => fieldOf(error.where)).find(Boolean);
   if (first) first.focus();
   else byId("problems").scrollIntoView({ block: "center" });
@@ -349,7 +330,8 @@ async function settled() {
 async function submit(queued) {
   byId("failure").hidden = true;
   try {
-    if (!(await settled())) return;
+    const keeps = !queued && (start.edit?.draft ?? true); // a draft may have mistakes
+    if (!(await settled(keeps)) && !keeps) return;
     const done = start.edit ? await saveEdited(queued) : await addNew(queued);
     sessionStorage.removeItem(MEMORY);
     leaving = true;
@@ -363,7 +345,7 @@ async function submit(queued) {
 const addNew = (queued) => api("POST", "/api/jobs", { text: editor.text, queued, like: start.copy_of?.id ?? null });
 
 async function saveEdited(queued) {
-  const saved = await api("PUT", `/api/jobs/${start.edit.id}`, { text: editor.text });
+  const saved = await api("PUT", `/api/jobs/${start.edit.id}`, { text: editor.text, draft: !queued });
   return queued && saved.job.state !== "queued" ? api("POST", `/api/jobs/${start.edit.id}/start`) : saved;
 }
 
@@ -430,36 +412,6 @@ async function restore() {
 
 // --- the beginning ---------------------------------------------------------------------------------------------------
 
-function showPresets() {
-  const named = (test) => description.presets.filter(test).map((one) => element("option", { value: one.name }, one.title));
-  byId("preset").replaceChildren(
-    element("option", { value: "", disabled: true }, "Not one of these (see the YAML)"),
-    element("optgroup", { label: "Few steps, kept by a training adapter" }, ...named((one) => one.adapter)),
-    element("optgroup", { label: "Few steps, without a known training adapter" }, ...named((one) => one.distilled && !one.adapter)),
-    element("optgroup", { label: "Ordinary models" }, ...named((one) => !one.distilled)),
-  );
-}
-
-function showJob() {
-  const job = start.edit ?? start.copy_of;
-  if (!job) return;
-  byId("about").hidden = false;
-  if (!start.edit) {
-    byId("about").textContent = `A copy of job ${job.id}, ${job.name}.`;
-    return;
-  }
-  byId("title").textContent = `Job ${job.id}: ${job.name}`;
-  document.title = `Edit job ${job.id} · Detour`;
-  byId("about").textContent = job.locked
-    ? `This job is ${job.state}: its file can be saved once it has ended.`
-    : "Saving replaces the job's file. What it has trained stays.";
-  byId("finish-title").textContent = "Save it";
-  byId("draft").textContent = "Save";
-  byId("queue").textContent = job.state === "queued" ? "Save; it stays in the queue" : "Save and add to the queue";
-  byId("draft").hidden = job.state === "queued";
-  byId("queue").disabled = byId("draft").disabled = job.locked;
-}
-
 function wire() {
   byId("form").addEventListener("submit", (event) => event.preventDefault());
   byId("preset").addEventListener("change", (event) => choosePreset(event.target.value));
@@ -469,7 +421,7 @@ function wire() {
     readText();
   });
   byId("translate").addEventListener("click", () => inTurn(() => changeText("/api/form/translate", {})));
-  byId("filter").addEventListener("input", filter);
+  byId("filter").addEventListener("input", () => filter(registry));
   byId("more").addEventListener("toggle", remember);
   byId("undo").addEventListener("click", undo);
   byId("download").addEventListener("click", () => saveAs(jobName(), editor.text));
@@ -486,13 +438,14 @@ function wire() {
 
 async function begin() {
   [description, start] = await Promise.all([api("GET", "/api/form"), api("GET", `/api/form/start${location.search}`)]);
-  showPresets();
-  showJob();
+  showPresets(description.presets);
+  showJob(start);
   wire();
   isNew = !start.edit && !start.copy_of;
   editor.set(start.form.text);
   if (matchMedia("(max-width: 60rem)").matches) byId("yaml").open = false;
   const kept = sessionStorage.getItem(MEMORY);
+  if (start.form.broken) take((await api("GET", "/api/form/start")).form); // a draft: fields need something to show
   take(start.form);
   if (kept) sessionStorage.setItem(MEMORY, kept);
   await restore();

@@ -138,6 +138,7 @@ addEventListener("hashchange", showTab);
 
 const WANTS = { // what an event makes out of date
   step: ["overview"], validation: ["overview"], drift: ["overview"], sample: ["samples"], save: ["files", "timeline"],
+  gate: ["samples", "timeline"], plateau: ["timeline"],
   start: ["overview", "timeline"], stage: ["timeline"], warning: ["timeline"], stop: ["timeline"],
   end: ["timeline", "files"],
 };

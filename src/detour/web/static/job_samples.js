@@ -1,5 +1,5 @@
 /* The previews of a job: one step at a time, and all steps in a matrix. */
-import { api, element } from "./app.js";
+import { element, whole } from "./app.js";
 import { matrix, pictures, Scrubber, Viewer } from "./matrix.js";
 
 const at = (id) => document.getElementById(id);
@@ -31,19 +31,35 @@ export class Samples {
   }
 
   async refresh() {
-    const found = await api("GET", `/api/jobs/${this.job}/samples`);
+    const found = await whole(`/api/jobs/${this.job}/samples`);
     const text = JSON.stringify(found);
     if (text !== this.drawn) {
       this.drawn = text;
       this.source = pictures(this.job, found);
       at("no-samples").hidden = found.steps.length > 0;
       at("sample-view").hidden = found.steps.length === 0;
+      this.drawGate(found);
       this.drawFigures();
       this.drawMatrix();
       this.scrubber.set(this.source.steps);
     }
     if (this.wanted !== null && this.source.steps.length) this.scrubber.go(this.wanted);
     this.wanted = null;
+  }
+
+  /** What the teacher gate found, if the run had one. */
+  drawGate({ gate, process }) {
+    at("gate").hidden = !gate;
+    if (!gate) return;
+    const address = `/api/jobs/${this.job}/samples/${process}/teacher-gate?v=${gate.version}`;
+    at("gate-about").textContent = gate.about;
+    at("gate-says").textContent = gate.says;
+    at("gate-says").className = `state ${gate.passed ? "finished" : "stopped"}`;
+    at("gate-reasons").replaceChildren(...gate.reasons.map((reason) => element("li", {}, reason)));
+    at("gate-figures").replaceChildren(...gate.figures.flatMap(([label, value]) => [element("dt", {}, label), element("dd", {}, value)]));
+    at("gate-drawings").replaceChildren(gate.version === null
+      ? element("p", { class: "quiet" }, "The drawings are gone.")
+      : element("img", { src: address, alt: "By row a training picture, the drawing told its caption, and the drawing told more" }));
   }
 
   drawFigures() {

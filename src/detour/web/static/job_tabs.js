@@ -1,5 +1,5 @@
 /* The tabs of a job that are text: log, files, job file, timeline. */
-import { api, during, element, toast } from "./app.js";
+import { api, during, element, toast, whole } from "./app.js";
 import { bytes, moment } from "./words.js";
 
 const at = (id) => document.getElementById(id);
@@ -139,7 +139,10 @@ export class Timeline {
   }
 
   async refresh() {
-    const found = await api("GET", `${this.root}/timeline`);
+    await whole(`${this.root}/timeline`, (found) => this.show(found));
+  }
+
+  show(found) {
     at("left-out").hidden = found.left_out === 0;
     at("left-out").textContent = `${found.left_out} older entries are not shown; events.jsonl has them.`;
     const entries = found.moments.map((one) => this.entry(one));

@@ -112,6 +112,7 @@ function row(job, queued) {
   parts.says.textContent = job.says;
   parts.says.className = job.state === "failed" ? "says error" : "says quiet";
   showProgress(parts.bar, job.progress, atWork);
+  if (job.state === "finished") parts.bar.hidden = true; // a list of full bars says nothing
   parts.figures.textContent = progressText(job.progress);
   kept.node.draggable = job.state === "queued";
   parts.grip.hidden = job.state !== "queued";
