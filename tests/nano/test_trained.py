@@ -9,8 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from detour import UserError, archs, export, nano
-from detour.lora_formats import by_module, with_adapter
+from detour import UserError, nano
 from detour.nano import judge, trained, world
 from detour.nano.recipes import figures, miniature
 
@@ -25,9 +24,7 @@ def model(name: str) -> Miniature:
     """`turbo`, `base`, or `adapted`: the turbo with its training adapter on."""
     weights = {key: tensor.float() for key, tensor in trained.weights("base" if name == "base" else "turbo").items()}
     if name == "adapted":
-        file = export.read_lora(trained.ADAPTER, archs.get("zimage").spec)
-        for module, parts in by_module(file.tensors).items():
-            weights[f"{module}.weight"] = with_adapter(weights[f"{module}.weight"], parts, file.scale(module))
+        return figures.adapted(weights, trained.ADAPTER)
     denoiser = miniature.build_transformer()
     denoiser.load_state_dict(weights)
     return miniature.Miniature.of(denoiser.eval().requires_grad_(False))

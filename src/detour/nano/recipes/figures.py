@@ -30,7 +30,9 @@ from detour.seeds import seed_for
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor
 
     from detour.nano.recipes.miniature import Miniature
     from detour.nano.world import Pictures, Prompt
@@ -118,9 +120,9 @@ def flow_matching_loss(model: Miniature, n: int) -> float:
     return total / (n // base.BATCH)
 
 
-def adapted(turbo: Path, adapter: Path) -> Miniature:
-    """The turbo with its training adapter added to the weights."""
-    weights = dict(miniature.load_transformer(turbo))
+def adapted(turbo: Mapping[str, Tensor], adapter: Path) -> Miniature:
+    """The turbo of these weights (float32) with its training adapter added to them."""
+    weights = dict(turbo)
     file = export.read_lora(adapter, archs.get("zimage").spec)
     for module, parts in by_module(file.tensors).items():
         weights[f"{module}.weight"] = with_adapter(weights[f"{module}.weight"], parts, file.scale(module))
@@ -166,7 +168,7 @@ def _run(args: argparse.Namespace) -> None:
     listing = args.out / "figures.json"
     known: dict[str, dict[str, float]] = json.loads(listing.read_text(encoding="utf-8")) if listing.is_file() else {}
     if args.turbo is not None and args.adapter is not None:
-        models["adapted"] = adapted(args.turbo / training.MODEL, args.adapter)
+        models["adapted"] = adapted(miniature.load_transformer(args.turbo / training.MODEL), args.adapter)
     for row in rows(args.few, args.guidance):
         if row.name in known or row.model not in (*models, TRUTH):
             continue
